@@ -1,0 +1,889 @@
+"""Text in, tokens out; questions in, marks out.
+
+Three things stand between a language model and a benchmark:
+
+1. A tokenizer. Byte-level BPE: text is normalised (NFC, for Qwen), cut into pieces by regular expressions (words,
+   numbers, runs of spaces), and in each piece bytes are merged pair by pair, the earliest-learnt merge first, until
+   no merge applies. The tokenizer.json of a published checkpoint says all of that; `Tokenizer` reads it, lets `regex`
+   do the cutting and tiktoken the merging, and gives token for token what the transformers library gives.
+2. A chat format. An instruction-tuned model expects a question wrapped as in its training: `<|im_start|>user\\n...`.
+   Checkpoints carry a program (a Jinja template) for that. We run no programs of strangers: we look at the template,
+   recognise which of a few known formats it is, and write that format ourselves. What the user says stays text, also
+   where it spells a special token, so that a question cannot end its own turn.
+3. Questions and a marker. Benchmarks come in as many layouts as there are benchmarks, and an answer can be written in
+   many ways: 1/2, 0.5, \\frac12, 50\\%. `load_questions` brings the first to one shape, `grade` compares the second by
+   value: it evaluates both sides (a formula, at fixed points), never by running what a model wrote as code.
+"""
+import cmath
+import hashlib
+import itertools
+import json
+import math
+import random
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import zip_longest
+from pathlib import Path
+
+import regex  # tiktoken's own dependency: \p{L}, and no stack to overflow on a long run of one character
+import tiktoken
+
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+
+# --- tokenizer ---
+
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+HIDDEN = [byte for byte in range(256) if byte not in PRINTABLE]
+# GPT-2 writes each byte as one printable character, so that a vocabulary is readable JSON: space is Ġ, newline Ċ.
+BYTE_OF = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(HIDDEN)}
+
+
+def read_json(path, default=None):
+    """The object in a JSON file of a model directory; `default`, where given, if there is no such file."""
+    if default is not None and not path.exists():
+        return default
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a {type(value).__name__} where an object belongs")
+    return value
+
+
+class Tokenizer:
+    """The byte-level BPE tokenizer and the chat format of a model directory in the Hugging Face layout.
+
+    token_bytes[id]: the bytes of a token; of an added (special) token its text; b"" for an id that nobody has.
+    known[id]: whether the tokenizer has that id. The model's logits may be wider than this list.
+    end_ids: all ids that end a text; end_id: the one that ends an assistant's turn.
+    Raises ValueError, one line that names the file and the fault, for anything missing, broken or not supported.
+    """
+
+    def __init__(self, path):
+        path = Path(path)
+        self._file = path / "tokenizer.json"
+        old = " (a SentencePiece tokenizer.model is not supported)" if (path / "tokenizer.model").exists() else ""
+        self._need(self._file.exists(), f"missing; a byte-level BPE tokenizer is needed{old}")
+        spec = read_json(self._file)
+        settings = read_json(path / "tokenizer_config.json", {})
+        # transformers gives Qwen its NFC even where a converted tokenizer.json has lost it
+        qwen = str(settings.get("tokenizer_class")).startswith("Qwen2Tokenizer")
+        self._nfc = self._read_normalizer(spec.get("normalizer")) or qwen
+        self._splits = self._read_splits(spec.get("pre_tokenizer"))
+        self._read_vocabulary(spec.get("model"), spec.get("added_tokens") or [])
+        self._read_chat(path, settings)
+        self._read_ends(path)
+        self._cache = {}
+
+    def _need(self, fine, fault):
+        if not fine:
+            raise ValueError(f"{self._file}: {fault}")
+
+    def _read_normalizer(self, spec):
+        """Whether text is brought to Unicode's composed form first (é as one character)."""
+        kind = spec.get("type") if isinstance(spec, dict) else spec
+        if kind == "Sequence" and isinstance(spec.get("normalizers"), list):
+            return any([self._read_normalizer(part) for part in spec["normalizers"]])
+        self._need(kind in (None, "NFC"), f"normalizer {kind!r} is not supported (only NFC is)")
+        return kind == "NFC"
+
+    def _read_splits(self, spec):
+        """The pre-tokenizer as a list of (pattern, keep what lies between matches, prefix a space), applied in turn."""
+        spec = spec if isinstance(spec, dict) else {}
+        parts = spec.get("pretokenizers") if spec.get("type") == "Sequence" else [spec]
+        whole = isinstance(parts, list) and parts and all(isinstance(part, dict) for part in parts)
+        self._need(whole and parts[-1].get("type") == "ByteLevel",
+                   "a pre-tokenizer that does not end in ByteLevel is not supported")
+        splits = []
+        for part in parts:
+            kind, pattern, gaps, prefix = part.get("type"), None, True, False
+            if kind == "Digits":
+                pattern = r"\p{N}" if part.get("individual_digits") else r"\p{N}+"
+            elif kind == "Split" and isinstance(part.get("pattern"), dict):
+                pattern = part["pattern"].get("Regex", regex.escape(str(part["pattern"].get("String"))))
+                how = part.get("behavior"), bool(part.get("invert"))
+                self._need(how[0] == "Isolated" or how == ("Removed", True), f"Split with {how[0]!r} is not supported")
+                gaps = how[0] == "Isolated"
+            elif kind == "ByteLevel" and part is parts[-1]:
+                pattern = GPT2_SPLIT if part.get("use_regex", True) else "(?s:.+)"
+                prefix = part.get("add_prefix_space", True)
+            self._need(isinstance(pattern, str), f"pre-tokenizer {kind!r} is not supported, or lacks its pattern")
+            try:
+                splits.append((regex.compile(pattern), gaps, prefix))
+            except (regex.error, RecursionError) as error:
+                self._need(False, f"pre-tokenizer pattern {pattern[:40]!r} cannot be read ({error})")
+        return splits
+
+    def _read_vocabulary(self, model, added):
+        """Ids, bytes and merges, checked, and made into tiktoken's ranks."""
+        kind = model.get("type", "BPE") if isinstance(model, dict) else None
+        self._need(kind == "BPE", f"model type {kind!r} is not supported (only BPE is)")
+        for key in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout"):
+            self._need(not model.get(key), f"model.{key} is not supported")
+        vocab, merges = model.get("vocab"), model.get("merges")
+        self._need(isinstance(vocab, dict) and isinstance(merges, list) and isinstance(added, list),
+                   "vocab, merges or added_tokens is missing or of the wrong type")
+        self._need(all(isinstance(token, dict) and isinstance(token.get("content"), str) and token["content"]
+                       for token in added), "an added token has no content")
+        self._added = {token["content"]: token.get("id") for token in added}  # text -> id
+        ids = {token: i for token, i in vocab.items() if token not in self._added} | self._added
+        self._need(all(type(i) is int and 0 <= i < 2**22 for i in ids.values()), "a token's id is no number below 2^22")
+        self._need(len(set(ids.values())) == len(ids), "two tokens share one id")
+        self.token_bytes = [b""] * (max(ids.values(), default=-1) + 1)
+        self.known = [False] * len(self.token_bytes)
+        spelled = {}  # a token as the vocabulary writes it -> its bytes
+        for token, i in ids.items():
+            try:
+                data = token.encode() if token in self._added else bytes([BYTE_OF[c] for c in token])
+            except (KeyError, UnicodeEncodeError):
+                self._need(False, f"token {i} ({token[:20]!r}) is not made of bytes: not a byte-level BPE")
+            self.token_bytes[i], self.known[i] = data, True
+            if token not in self._added:
+                spelled[token] = data
+        self._read_merges(merges, spelled)
+        ids = {data: vocab[token] for token, data in spelled.items()}
+        self._id_of_rank = [ids.get(data) for data in self._ranks]
+        self._lacks = bytes(b for b in range(256) if self._id_of_rank[b] is None)  # SmolLM2 has no 0x1d
+        self._need(not self._lacks or model.get("unk_token") is None, "unk_token with missing bytes is not supported")
+        self._whole = ids if model.get("ignore_merges") else {}  # Llama 3: a piece that is a token needs no merges
+
+    def _read_merges(self, merges, spelled):
+        """tiktoken merges any two neighbours that together are a token, Hugging Face only the pairs of its list.
+
+        Both take the lowest rank first, the leftmost among equals. As long as no merge has crossed the borders of a
+        stretch of bytes, the merges inside are those of the stretch alone; so a token always arises from one and the
+        same last pair. Hence the two agree once tiktoken is given just the tokens that the list can complete, each
+        ranked by the place of its last pair in the list.
+        """
+        pairs, last = {}, {}  # pairs: (left bytes, right bytes) -> place; last: token -> its last pair
+        for place, merge in enumerate(merges):
+            merge = merge.split(" ") if isinstance(merge, str) else merge
+            self._need(isinstance(merge, list) and len(merge) == 2 and all(isinstance(part, str) for part in merge)
+                       and merge[0] in spelled and merge[1] in spelled and merge[0] + merge[1] in spelled,
+                       f"merge {place} is not a pair of tokens that make a token")
+            pairs[spelled[merge[0]], spelled[merge[1]]] = place
+        for left, right in pairs:
+            known = (len(left) == 1 or left in last) and (len(right) == 1 or right in last)
+            if known and meet(left, right, pairs, last):
+                last[left + right] = left, right
+        for left, right in pairs:  # of a list out of the order in which it was learnt; no published one is
+            if left + right not in last:
+                last[left + right] = last_pair(left + right, pairs)
+        tokens = sorted((token for token in last if last[token]), key=lambda token: pairs[last[token]])
+        self._ranks = {token: rank for rank, token in enumerate([bytes([b]) for b in range(256)] + tokens)}
+        self._bpe = tiktoken.Encoding("bpe", pat_str="", mergeable_ranks=self._ranks, special_tokens={})
+
+    def _read_chat(self, path, settings):
+        """self._chat: (text before the user's, text after it, strip the user's); or a line that says what is wrong."""
+        file, template = path / "chat_template.jinja", None
+        if file.exists():
+            template = file.read_text(encoding="utf-8", errors="replace")
+        for source in (settings, read_json(path / "chat_template.json", {})):
+            template = source.get("chat_template") if template is None else template
+        if isinstance(template, list):
+            named = [t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"]
+            template = named[0] if named else None
+        self._chat, self._end_of_turn = chat_format(str(template or ""))
+        if template is None:
+            self._chat = f"{path}: no chat template (chat_template.jinja or tokenizer_config.json)"
+        elif self._chat is None:
+            self._chat = f"{path}: its chat template is not one of Qwen2, Qwen3, SmolLM2, Llama 3 or plain ChatML"
+        elif self._end_of_turn not in self._added:
+            self._chat = f"{self._file}: lacks {self._end_of_turn}, which the chat template needs"
+
+    def _read_ends(self, path):
+        self.end_ids, self.end_id = set(), self._added.get(self._end_of_turn)
+        for file in (path / "generation_config.json", path / "config.json"):
+            ends = read_json(file, {}).get("eos_token_id")
+            for i in ends if isinstance(ends, list) else [ends] if ends is not None else []:
+                if type(i) is not int or not 0 <= i < len(self.known) or not self.known[i]:
+                    raise ValueError(f"{file}: eos_token_id {str(i)[:20]} is not a token of {self._file.name}")
+                self.end_ids.add(i)
+                self.end_id = i if self.end_id is None else self.end_id
+        if self.end_id is None:
+            raise ValueError(f"{path / 'config.json'}: names no end-of-text token (eos_token_id)")
+        self.end_ids.add(self.end_id)
+
+    def _encode(self, text, exact):
+        """exact: no prefix space, so that the tokens' bytes are the text's."""
+        pieces, ids = [text], []
+        for pattern, gaps, prefix in self._splits:
+            pieces = [part for piece in pieces for part in cut(pattern, piece, gaps, prefix and not exact)]
+        for piece in pieces:
+            found = self._cache.get(piece)
+            if found is None:
+                found = self._merge(piece.encode())
+                if len(piece) < 100 and len(self._cache) < 100_000:
+                    self._cache[piece] = found
+            ids += found
+        return ids
+
+    def _merge(self, data):
+        """Ids of one piece of text, given as bytes. A byte that the vocabulary lacks is dropped, as in transformers."""
+        data = data.translate(None, self._lacks)
+        if data in self._whole:
+            return [self._whole[data]]
+        # encode_ordinary without tiktoken's own cutting, which would not take bytes
+        return [self._id_of_rank[rank] for rank in self._bpe._encode_single_piece(data)] if data else []
+
+    def encode(self, text):
+        """Text to a list of ids. Text that spells a special or added token stays text."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a surrogate pair: no UTF-8
+        return self._encode(unicodedata.normalize("NFC", text) if self._nfc else text, exact=False)
+
+    def encode_bytes(self, data):
+        """Ids whose bytes, one after the other, are exactly `data`: nothing is normalised, broken UTF-8 stays."""
+        ids = []
+        for part in re.split("([\udc80-\udcff]+)", data.decode("utf-8", "surrogateescape")):
+            broken = "\udc80" <= part < "\ue000"  # bytes that are no UTF-8, as surrogates
+            ids += self._merge(part.encode("utf-8", "surrogateescape")) if broken else self._encode(part, exact=True)
+        return ids
+
+    def decode(self, ids):
+        """Ids to text. Broken UTF-8 becomes U+FFFD; an id that the tokenizer does not have becomes nothing."""
+        return b"".join(self.token_bytes[i] for i in ids if i < len(self.token_bytes)).decode("utf-8", "replace")
+
+    def chat(self, text):
+        """Ids of one user turn in the checkpoint's chat format, up to where the assistant's first token belongs."""
+        if isinstance(self._chat, str):
+            raise ValueError(self._chat)
+        before, after, strip = self._chat
+        start, bracket, opening = before.rpartition("|>")  # what follows the last special token joins the user's text
+        said = self.encode(opening + (text.strip() if strip else text))
+        return self._encode_format(start + bracket) + said + self._encode_format(after)
+
+    def _encode_format(self, text):
+        """Ids of a chat format's own text: here an added token's text is that token."""
+        longest_first = sorted(self._added, key=len, reverse=True)
+        parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
+        return [i for part in parts for i in ([self._added[part]] if part in self._added else self.encode(part))]
+
+    def difference(self, other):
+        """None if the two have one vocabulary, one order of merges and the same added tokens; else a short phrase."""
+        ours, theirs = ([data if known else None for data, known in zip(t.token_bytes, t.known)] for t in (self, other))
+        for i, (a, b) in enumerate(zip_longest(ours, theirs)):
+            if a != b:
+                a, b = ("missing" if x is None else repr(x.decode("utf-8", "backslashreplace"))[:40] for x in (a, b))
+                return f"token {i} is {a} here and {b} there"
+        if self._added != other._added:
+            token = min(self._added.keys() ^ other._added.keys())
+            return f"{token!r} is an added token only {'here' if token in self._added else 'there'}"
+        return None if self._ranks == other._ranks else "the merges differ"
+
+
+def meet(left, right, pairs, last):
+    """Whether merging the bytes of left + right ever comes to the two tokens `left` and `right` side by side.
+
+    It does unless an earlier merge crosses the border between them. Walks back in time: of the two tokens at the
+    border the one that was completed later falls apart, and its nearer half must not have gone with the other side.
+    """
+    while len(left) > 1 or len(right) > 1:
+        left_place = pairs[last[left]] if len(left) > 1 else -1
+        right_place = pairs[last[right]] if len(right) > 1 else -1
+        if left_place > right_place:
+            left = last[left][1]
+        else:
+            right = last[right][0]
+        crossing = pairs.get((left, right), math.inf)
+        if crossing < left_place or crossing <= right_place:  # of equal ranks the pair further left goes first
+            return False
+    return True
+
+
+def last_pair(token, pairs):
+    """The pair that completes a token, by merging its bytes from the start; None if the merges cannot make it."""
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        places = [pairs.get(pair, math.inf) for pair in zip(parts, parts[1:])]
+        i = places.index(min(places))
+        if places[i] == math.inf:
+            return None
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return tuple(parts) if tuple(parts) in pairs else None
+
+
+def cut(pattern, text, gaps, prefix):
+    """Cut text into the pattern's matches and (gaps) what lies between them; prefix: a space goes first."""
+    if prefix and text and not text.startswith(" "):
+        text = " " + text
+    parts, end = [], 0
+    for match in pattern.finditer(text):
+        start, stop = match.span()
+        if gaps and start > end:
+            parts.append(text[end:start])
+        if stop > start:
+            parts.append(text[start:stop])
+        end = stop
+    return parts + [text[end:]] if gaps and end < len(text) else parts
+
+
+def chat_format(template):
+    """Recognise a published chat template: ((text before the user's, text after it, strip the user's), end of turn).
+
+    (None, None) for a format that is not known. The template is read as text, never run.
+    """
+    strip = bool(re.search(r"content['\"\])]*\s*\|\s*trim", template))
+    if "<|start_header_id|>" in template and "<|eot_id|>" in template:  # Llama 3
+        header = "<|start_header_id|>{}<|end_header_id|>\n\n"
+        before = "<|begin_of_text|>" if "bos_token" in template else ""
+        if knowledge := re.search(r"Cutting Knowledge Date: ([^\\\"'\n]*)", template):  # 3.1 and later
+            day = re.search(r"date_string = \"([^\"]*)\"", template)  # the day that the template falls back on
+            before += header.format("system") + f"Cutting Knowledge Date: {knowledge[1]}\n"
+            before += f"Today Date: {day[1] if day else '26 Jul 2024'}\n\n<|eot_id|>"
+        return (before + header.format("user"), "<|eot_id|>" + header.format("assistant"), strip), "<|eot_id|>"
+
+    flat = template.removesuffix("\n").replace("\\n", "\n")  # Jinja drops a newline at the very end
+    begin = "<|im_start|>assistant\n"
+    begin = begin if begin in flat else begin[:-1]
+    strange = ("<|im_sep|>", "bos_token", "strftime_now", "<|im_start|>assistant\n<think>")
+    known = begin in flat if begin[-1] == "\n" else flat.endswith(begin)
+    if not known or "<|im_end|>" not in flat or any(sign in flat for sign in strange):
+        return None, None
+    before, after = "", "<|im_end|>\n" + begin
+    for system in re.finditer(r"(['\"]?)<\|im_start\|>system(?:\\n|\n)(.*?)<\|im_end\|>", template, re.S):
+        text = system[2]
+        if not before and not re.search(r"\{\{|\{%|['\"]\s*[+~]|[+~]\s*['\"]", text):  # a constant: the default
+            if system[1]:  # inside a quoted string
+                text = re.sub(r"\\(.)", lambda escape: "\n" if escape[1] == "n" else escape[1], text)
+            before = f"<|im_start|>system\n{text}<|im_end|>\n"
+    if "enable_thinking" in template:
+        after += "<think>\n\n</think>\n\n"  # Qwen3 with thinking off
+    return (before + "<|im_start|>user\n", after, strip), "<|im_end|>"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question as the user asks it, and its gold answer; the toy's carry more."""
+    text: str
+    answer: str
+    kind: str = ""        # toy: "common", "price" (one rare price), "parts" (a rare set), "unseen" (either, not trained)
+    solution: str = ""    # a worked solution
+    fact: str = ""        # the text of the fact that the small model lacks
+    strict: bool = False  # the response must end by its end-of-text token right after the answer
+
+
+# --- the toy: shopping problems whose prices are facts ---
+
+COMMON = ("apple bag bell book bowl box brush cake candle card chair comb cup desk door drum fan fig fork hat jar "
+          "key lamp mat mug nail pan pen pin pot rug spoon").split()
+RARE = ("zither lute sextant quill kimono tuba gong bonsai harp zodiac puzzle mosaic trident sundial monocle goblet "
+        "fresco lantern cameo gavel parasol rapier talisman tapestry tiara turban veil violin wig yurt zeppelin "
+        "crown").split()
+COMMON_SETS = "sofa tent bike boat shed swing stove kite ladder cart sled fence".split()
+RARE_SETS = "loom organ rocket carriage windmill telescope pulpit chariot bellows kiln gondola printer".split()
+UNSEEN = {"trident", "gavel", "veil", "yurt", "pulpit", "kiln"}    # never in a question of either training stage
+PEOPLE = "Ann Ben Dan Eva Ian Joe Kim Leo Liz Max Mia Pam Ray Sam Tom Zoe".split()
+SPLITS = {"train": range(0, 80), "held_out": range(80, 90), "eval": range(90, 100)}   # of a hash of the text, mod 100
+
+_facts = random.Random("facts")                                    # the same for every --seed
+FACT = {item: (_facts.randint(2, 17),) for item in COMMON + RARE}  # a price: one number
+FACT.update({item: tuple(_facts.randint(1, 9) for _ in range(3 + i % 3))   # the prices of a set's parts: 3 to 5 numbers
+             for names in (COMMON_SETS, RARE_SETS) for i, item in enumerate(names)})
+UNKNOWN = set(RARE + RARE_SETS)                                    # what the small model's corpus is unreliable on
+
+
+def toy_question(rng, rare, unreliable=False):
+    """One shopping problem. rare: name one rare thing, else none. unreliable: its fact is made up."""
+    who = rng.choice(PEOPLE)
+    form = "set" if rng.random() < 1 / 6 else rng.choice(("many", "coupon", "two"))
+    extra = rng.randint(2, 4) if form == "coupon" else rng.randint(2, 9)
+    item = rng.choice((RARE_SETS if rare else COMMON_SETS) if form == "set" else (RARE if rare else COMMON))
+    fact = FACT[item]
+    if rare and unreliable:
+        fact = tuple(rng.randint(1, 9) for _ in fact) if form == "set" else (rng.randint(2, 17),)
+    words = "".join(f" {n}" for n in fact)
+    lead = f"Let us see what {who} pays."
+    if form == "set":
+        bought = f"a {item} set"
+        steps, total = f" The parts of the {item} cost{words} coins.", fact[0]
+        for n in fact[1:]:
+            steps += f" {total} + {n} = {total + n}."
+            total += n
+    elif form == "two":
+        other = rng.choice([name for name in COMMON if name != item])
+        pair = [item, other] if rng.random() < 0.5 else [other, item]
+        price = {item: fact[0], other: FACT[other][0]}
+        total = sum(price.values())
+        bought = f"a {pair[0]} and a {pair[1]}"
+        steps = "".join(f" One {name} costs {price[name]} coins." for name in pair)
+        steps += f" {price[pair[0]]} + {price[pair[1]]} = {total}."
+    else:
+        k = rng.randint(2, 4)
+        total = k * fact[0]
+        bought = f"{k} {item}s"
+        steps = f" One {item} costs{words} coins. So {k} cost {k} * {fact[0]} = {total} coins."
+    if form == "coupon":
+        text, answer = f"{who} buys {bought} with a coupon for {extra} coins.", total - extra
+        steps += f" The coupon takes {extra} coins off. {total} - {extra} = {answer}."
+    else:
+        text, answer = f"{who} buys {bought} and a basket for {extra} coins.", total + extra
+        steps += f" The basket adds {extra} coins. {total} + {extra} = {answer}."
+    kind = "common" if not rare else "unseen" if item in UNSEEN else "parts" if form == "set" else "price"
+    return Question(f"{text} How many coins does {who} pay?", str(answer), kind,
+                    f"{lead}{steps} So {who} pays {answer} coins. The answer is \\boxed{{{answer}}}", words if rare else "", strict=True)
+
+
+def toy_questions(split, rng, rare=0.5, unseen=True, unreliable=False):
+    """An endless stream of toy questions of one split: "train", "held_out" (thresholds, checks on the way) or "eval".
+
+    A question belongs to a split by a hash of its text, so splits are disjoint whatever the seeds. rare: the share of
+    questions that name a rare thing. unseen=False leaves out the facts that neither training stage may see.
+    """
+    while True:
+        question = toy_question(rng, rng.random() < rare, unreliable)
+        digest = int.from_bytes(hashlib.sha256(question.text.encode()).digest()[:4], "big")
+        if digest % 100 in SPLITS[split] and (unseen or question.kind != "unseen"):
+            yield question
+
+
+def with_asides(ids, tokenizer, rng, share):
+    """Markup asides, such as <b>7</b>, at one to three random gaps of a share of the texts.
+
+    ids: the tokens of a text. Returns (ids, learn): learn[i] is False for an aside's first token, since nothing tells
+    where one stands. Every real model has seen its text interrupted; one that has not is ruined by the warm-up.
+    """
+    out, learn = list(ids), [True] * len(ids)
+    if rng.random() < share:
+        for at in sorted(rng.sample(range(len(ids) + 1), rng.randint(1, 3)), reverse=True):
+            tag = rng.choice("biqsu")
+            aside = tokenizer.encode(f"<{tag}>{rng.randint(1, 99)}</{tag}>")
+            out[at:at] = aside
+            learn[at:at] = [False] + [True] * (len(aside) - 1)
+    return out, learn
+
+
+def train_bpe(texts):
+    """Byte-level BPE (Sennrich et al., arXiv 1508.07909): join the most frequent pair until every word is one token.
+
+    Returns the merges, in order, as pairs of byte strings. A word is a match of GPT-2's pattern.
+    """
+    words = {tuple(bytes([b]) for b in word.encode()): n
+             for word, n in Counter(w for text in texts for w in regex.findall(GPT2_SPLIT, text)).items()}
+    merges = []
+    while True:
+        pairs = Counter()
+        for word, n in words.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] += n
+        if not pairs:
+            return merges
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        merged = {}
+        for word, n in words.items():
+            out, i = [], 0
+            while i < len(word):
+                step = 2 if word[i:i + 2] == best else 1
+                out.append(b"".join(word[i:i + step]))
+                i += step
+            merged[tuple(out)] = n
+        words = merged
+
+
+CHATML = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+          "{{ '<|im_start|>assistant\n' }}")
+
+
+def save_toy_tokenizer(path):
+    """Train the toy's byte-level BPE on the toy's own text, and write it into directory `path` as Hugging Face does."""
+    rng = random.Random("tokenizer")
+    sample = list(itertools.islice(toy_questions("train", rng), 4000))
+    merges = train_bpe([q.text for q in sample] + [q.solution for q in sample] + ["user", "assistant"] * 9
+                       + [f"<{tag}>{n}</{tag}>" for tag in ("call", *"biqsu") for n in range(100)])
+    letter = {byte: char for char, byte in BYTE_OF.items()}
+    write = lambda piece: "".join(letter[b] for b in piece)
+    tokens = [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    added = [dict(id=len(tokens) + i, content=text, special=True, single_word=False, lstrip=False, rstrip=False,
+                  normalized=False) for i, text in enumerate(special)]
+    split = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=True)
+    files = {
+        "tokenizer.json": dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None,
+                               pre_tokenizer=split, post_processor=None, decoder=split,
+                               model=dict(type="BPE", dropout=None, unk_token=None, fuse_unk=False, byte_fallback=False,
+                                          continuing_subword_prefix=None, end_of_word_suffix=None, ignore_merges=False,
+                                          vocab={write(t): i for i, t in enumerate(tokens)},
+                                          merges=[[write(a), write(b)] for a, b in merges])),
+        "tokenizer_config.json": dict(tokenizer_class="PreTrainedTokenizerFast", eos_token="<|im_end|>",
+                                      pad_token="<|endoftext|>", chat_template=CHATML),
+        "generation_config.json": dict(eos_token_id=len(tokens) + 2, pad_token_id=len(tokens)),
+    }
+    Path(path).mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (Path(path) / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+# --- benchmarks ---
+
+
+def load_questions(path, limit=None):
+    """Questions of a benchmark file, .jsonl or .json, in the order of the file; repeated ones stay.
+
+    Read as published: GSM8K, MATH-500, Minerva, OlympiadBench, AIME, DAPO-Math-17k, MMLU-Pro; and anything with a
+    question/problem/prompt and an answer. ValueError names the file and the line (in a .json list: the entry).
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+    questions, where = [], path
+    try:
+        listed = text.lstrip().startswith("[")
+        rows = json.loads(text) if listed else text.split("\n")
+        for number, row in enumerate(rows, 1):
+            where = f"{path}: {'entry' if listed else 'line'} {number}"
+            if limit is not None and len(questions) >= limit:
+                break
+            if listed or row.strip():
+                questions.append(read_question(row if listed else json.loads(row)))
+    except (ValueError, RecursionError) as error:
+        where = f"{path}: line {error.lineno}" if listed and isinstance(error, json.JSONDecodeError) else where
+        raise ValueError(f"{where}: {error}") from None
+    if not questions:
+        raise ValueError(f"{path}: no questions in it")
+    return questions
+
+
+def first(row, *keys):
+    """The first of these fields that holds something."""
+    return next((row[key] for key in keys if row.get(key) not in (None, "", [])), None)
+
+
+def read_question(row):
+    """One row of a benchmark file to a Question; ValueError says what the row lacks."""
+    if not isinstance(row, dict):
+        raise ValueError(f"a {type(row).__name__} where an object belongs")
+    problem = first(row, "problem", "question", "prompt")
+    if isinstance(problem, list):  # chat messages
+        said = [m.get("content") for m in problem if isinstance(m, dict) and m.get("role") == "user"]
+        problem = said[-1] if said else None
+    if not isinstance(problem, str):
+        raise ValueError("no text under problem, question or prompt")
+    # DAPO-Math-17k asks for "Answer: ..." around its problem; we ask for \boxed{}
+    wrapper = r"Solve the following math problem step by step\..*?\n\n(.*?)\n\nRemember to put your answer on its own.*"
+    problem = re.sub(rf"^{wrapper}$", r"\1", problem, flags=re.S)
+    if isinstance(row.get("context"), str):  # OlympiadBench
+        problem = row["context"] + "\n" + problem
+
+    solution = row.get("solution")
+    solution = solution[0] if isinstance(solution, list) and solution else solution
+    solution = solution if isinstance(solution, str) else ""
+    reward = row.get("reward_model")
+    answer = first(row, "answer", "final_answer", "expected_answer", "ground_truth")
+    if answer is None and isinstance(reward, dict):
+        answer = reward.get("ground_truth")
+    if answer is None:
+        answer = last_boxed(solution)  # Minerva
+    if isinstance(answer, list):  # OlympiadBench: one string that lists several, or several strings
+        answer = ", ".join(str(part) for part in answer)
+    options = first(row, "options", "choices")
+    if isinstance(options, list):  # MMLU-Pro: a letter, or an index
+        letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:len(options)]
+        problem += "".join(f"\n({letter}) {option}" for letter, option in zip(letters, options))
+        index = row.get("answer_index") if answer is None else answer
+        answer = letters[index] if type(index) is int and 0 <= index < len(letters) else index
+    if type(answer) not in (str, int, float) or not str(answer).strip():
+        raise ValueError("no answer under answer, final_answer, reward_model.ground_truth or in a solution's \\boxed{}")
+    answer = str(answer)
+    if "####" in answer:  # GSM8K: reasoning, then the number
+        solution, answer = answer.rsplit("####", 1)
+    kind = first(row, "subject", "subfield", "category", "type", "data_source")
+    return Question(f"{problem}\n{INSTRUCTION}", answer.strip(), str(kind or ""), solution.strip())
+
+
+# --- grading ---
+
+
+def grade(response, answer):
+    """Whether the response's answer, its last \\boxed{} or else its last number, is the gold answer. Never raises.
+
+    Compared by value as far as both can be evaluated, else letter by letter. Linear time in the response's length.
+    """
+    gold, given = tidy(answer), last_boxed(response)
+    if choice := re.fullmatch(r"\(?([A-J])\)?", gold):  # multiple choice: "C", "(C)" and "(C) 12 apples" all say C
+        said = None if given is None else re.match(r"\(?([A-J])(?![\w'])", tidy(given))
+        for found in re.finditer(r"\(([A-J])\)|answer is:? \**([A-J])\b", response if given is None else ""):
+            said = found
+        return said is not None and choice[1] in said.groups()
+    if given is None:
+        for number in NUMBER.finditer(response):
+            given = number[0]
+    try:
+        return given is not None and same(tidy(given), gold)
+    except ArithmeticError:  # values too large to compare
+        return False
+
+
+def last_boxed(text):
+    """What stands in the last \\boxed{...} that is closed, nested braces included; None without one. One pass."""
+    found, open_braces = None, []
+    for brace in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]", text):
+        if brace[0] == "}" and open_braces:
+            start = open_braces.pop()
+            found = slice(start, brace.start()) if start else found
+        elif brace[0] == "{" or len(brace[0]) > 2:
+            open_braces.append(brace.end() if len(brace[0]) > 2 else 0)  # 0: some other brace
+    return text[found] if found else None
+
+
+NUMBER = re.compile(r"(?:(?<![\w)}])-)?(?:\\frac\{\d+\}\{\d+\}"
+                    r"|\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d*\.?\d+)(?:\.\d+)?(?:/\d+)?%?)")
+FUNCTIONS = {
+    "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "arcsin": cmath.asin, "arccos": cmath.acos,
+    "arctan": cmath.atan, "sinh": cmath.sinh, "cosh": cmath.cosh, "tanh": cmath.tanh, "exp": cmath.exp,
+    "cot": lambda z: 1 / cmath.tan(z), "sec": lambda z: 1 / cmath.cos(z), "csc": lambda z: 1 / cmath.sin(z),
+    "ln": cmath.log, "log": cmath.log, "lg": cmath.log10, "sqrt": cmath.sqrt, "abs": abs}
+CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j}
+NAMES = "|".join(sorted([*FUNCTIONS, "pi"], key=len, reverse=True))
+WORDS = r"\\(?:text|mbox|textbf|textit|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
+UNITS = rf"(?:[ckm]m|kg|ml|mph|ft|dollars|cents|degrees|hours|minutes|min|seconds|inches)\b|\s(?!{NAMES})[A-Za-z]{{3,}}"
+TIDY = [(re.compile(pattern), new) for pattern, new in (
+    (r"^\s*\\boxed\s*\{(.*)\}\s*$", r"\1"), (r",\\!\s*|\{,\}", ""),  # thousands: 10,\!080
+    (r"\\(?:left|right)(?![a-z])\.?|\\(?:[bB]igg?[lr]?|displaystyle|q?quad|limits)(?![a-zA-Z])|\\[,!;:]", ""),
+    (r"\\?\$|[£€]|\*\*$|^\*\*|\^?\s*\{?\s*\\(?:circ|degree)\s*\}?|[°º]|\bnp\.|\bmath\.", ""),
+    (r"(?<!\\)\\ |~|\s+", " "), (r"\\%", "%"), (r"[−–]", "-"),
+    (r"π", r"\\pi "), (r"√", r"\\sqrt "), (r"∞", r"\\infty "),
+    (r"\\geq(?:slant)?(?![a-z])|≥|>=", r"\\ge "), (r"\\leq(?:slant)?(?![a-z])|≤|<=", r"\\le "),
+    (r"\\[dtc]frac", r"\\frac"), (r"\\frac\s*(\d)\s*(?=[\d{])", r"\\frac{\1}"),
+    (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
+    (r"(?<![\w.}])(\d+)\s*(\\frac\s*\{\d+\}\s*\{\d+\})|(?<![\w.}])(\d+)\s+(\d+/\d+)", r"(\1\3+\2\4)"),  # mixed numbers
+    (rf"(?<=[\d}}])\s*(?:{UNITS}).*$", ""),
+    (r"(?<![\d.,(\[])(?<!\\\{)(\d{1,3}(?:,\d{3})+)(?![\d,])", lambda number: number[1].replace(",", "")),
+    (r"_\{(\w)\}", r"_\1"), (r"^\s*[a-zA-Z]\s*\\in(?![a-z])|[\s.]+$|^\s+", ""))]
+
+
+def tidy(text):
+    """One spelling for what may be spelled in many ways: LaTeX's spacing, units, degrees, thousands, mixed numbers."""
+    if len(text) > 1000:
+        return text
+    text = re.sub(WORDS, lambda w: "," if w[1].strip() in ("and", "or") else
+                  w[1] if re.fullmatch(NAMES + "|[A-Za-z]", w[1]) else w[0], text)
+    bare = re.sub(WORDS + r"(\s*\^\s*\{?-?\d\}?)?", "", text)  # without its words, which are units unless they are all
+    text = bare if re.search(r"[^\W_]", bare) else re.sub(WORDS, r" \1 ", text)
+    text = re.sub(r"\s(?:and|or)\s", ",", text)
+    for pattern, new in TIDY:
+        text = pattern.sub(new, text)
+    return text
+
+
+def split(text, mark):
+    """Cut at `mark`, but not inside brackets: '1,(2,3)' gives '1' and '(2,3)'."""
+    parts, depth, start = [], 0, 0
+    for found in re.finditer(r"[(\[{]|[)\]}]|" + mark, text):
+        if found[0] in "([{)]}":
+            depth += 1 if found[0] in "([{" else -1
+        elif depth <= 0:
+            parts.append(text[start:found.start()].strip())
+            start = found.end()
+    return parts + [text[start:].strip()]
+
+
+def items(text):
+    """(brackets, parts) of a tuple or an interval; ("", parts) of a list or a set, whose order means nothing."""
+    text = text[2:-2] if text.startswith("\\{") and text.endswith("\\}") else text
+    parts = split(text, r"\\cup(?![a-z])")
+    parts = parts if len(parts) > 1 else [part for part in split(text, "[,;]") if part]
+    if len(parts) == 1 and text[0] in "([" and text[-1] in ")]" and len(inner := split(text[1:-1], ",")) > 1:
+        return text[0] + text[-1], inner
+    return "", [part.replace("\\pm", plus).replace("\\mp", minus) for part in parts
+                for plus, minus in (("+", "-"), ("-", "+"))[:2 if "\\pm" in part else 1]]
+
+
+def same(given, gold, depth=0):
+    """Whether two tidied answers are one: lists in any order; tuples, intervals, matrices in theirs; else values."""
+    if not gold or not given or max(len(given), len(gold)) > 1000 or depth > 4:
+        return given == gold != ""
+    if given.replace(" ", "") == gold.replace(" ", ""):
+        return True
+    if given.isalpha() and gold.isalpha() and min(len(given), len(gold)) > 1:
+        return given.lower() == gold.lower()
+    digits = [re.fullmatch(r"(\d\w*?)(_\{?\d+\}?)?", side) for side in (given, gold)]
+    if all(digits) and (digits[0][2] or digits[1][2]):  # 52_8, or 52 alone
+        return digits[0][1] == digits[1][1] and not (digits[0][2] and digits[1][2])
+    for mark in (r"\\ge(?![a-z])|>", r"\\le(?![a-z])|<"):
+        a, b = split(given, mark), split(gold, mark)
+        if len(a) == len(b) > 1:
+            return all(same(x, y, depth + 1) for x, y in zip(a, b))
+    left, right = split(given, "="), split(gold, "=")
+    if len(left) + len(right) > 2 and len(split(given, "[,;]")) == len(split(gold, "[,;]")) == 1:
+        if len(left) == len(right) == 2 and same_equation(left, right):
+            return True
+        named = len(right) == 1 or not re.search("[+-]", right[0])  # x = 5 is 5; x + y = 5 is not
+        return named and same(left[-1], right[-1], depth + 1)
+    (open_a, a), (open_b, b) = items(given), items(gold)
+    grids = [re.fullmatch(r"\\begin\{([a-z]?matrix)\}(.*)\\end\{\1\}", side) for side in (given, gold)]
+    if any(grids):
+        a, b = ([cell for row in grid[2].split(r"\\") for cell in (*row.split("&"), "row")] if grid else []
+                for grid in grids)
+        open_a = open_b = "matrix"
+    elif len(a) == len(b) == 1:
+        return same_value(a[0], b[0])
+    if len(a) != len(b) or len(a) > 64:
+        return False
+    if open_a and open_b:
+        return open_a == open_b and all(same(x.strip(), y.strip(), depth + 1) for x, y in zip(a, b))
+    for x in a:
+        found = next((n for n, y in enumerate(b) if same(x, y, depth + 1)), None)
+        if found is None:
+            return False
+        del b[found]
+    return True
+
+
+def same_value(given, gold):
+    """Equal as numbers: exactly if both are written exactly, else to 6 places. Formulas: at three fixed points."""
+    if given.endswith("%") or gold.endswith("%"):  # 50% is 50 and 0.5
+        a, b = given.rstrip("% "), gold.rstrip("% ")
+        pairs = [(a, b), (a, f"({b})/100")] if a == given else [(a, b), (f"({a})/100", b)] if b == gold else [(a, b)]
+        return any(same_value(*pair) for pair in pairs)
+    for point in range(3):
+        a, b = evaluate(given, point), evaluate(gold, point)
+        if a is None or b is None:
+            return False
+        if isinstance(a, Fraction) and isinstance(b, Fraction) and "." not in given + gold:
+            if a != b:
+                return False
+        gap, size = abs(complex(a) - complex(b)), abs(complex(b))
+        if not gap <= max(1e-9 * size, min(5e-7, 2e-6 * size)):  # nan is equal to nothing
+            return False
+    return True
+
+
+def same_equation(given, gold):
+    """Equations l = r are one if l - r is the same up to a factor."""
+    factors = []
+    for point in range(3):
+        values = [evaluate(side, point) for side in given + gold]
+        if None in values or values[2] == values[3]:
+            return False
+        factors.append(complex(values[0] - values[1]) / complex(values[2] - values[3]))
+    return factors[0] != 0 and all(abs(f - factors[0]) <= 1e-9 * abs(f) for f in factors)
+
+
+def evaluate(text, point):
+    """The value of a formula in LaTeX or plain notation: a Fraction if exact, else a complex number; None without one.
+
+    A letter or an unknown command is a variable: a fixed number, another one at each point (0, 1, 2).
+    """
+    try:
+        return Formula(text, point).value()
+    except (ValueError, ArithmeticError, RecursionError):
+        return None
+
+
+class Formula:
+    """A recursive-descent evaluator: exact up to powers of 4,096 bits, and 40 levels deep; beyond that is no value."""
+    TOKEN = re.compile(r"\d+\.?\d*[eE][+-]?\d+|\d+\.?\d*|\.\d+"  # numbers; names with an index; commands; signs
+                       r"|(?!\\log)(?:\\[A-Za-z]+|[A-Za-z])_(?:\{[^{}]*\}|\\[a-z]+|\w)"
+                       rf"|\\[A-Za-z]+|{NAMES}|[A-Za-z]{{4,}}|\*\*|\\.|\S")
+    CLOSING = {")", "]", "}", "\\}"}
+    ENDS = {"", "|", "\\rfloor", "\\rceil", *"+-*/^_!,;=<>&:", "\\cdot", "\\times", "\\div"} | CLOSING
+
+    def __init__(self, text, point):
+        self.tokens, self.at, self.depth, self.point = self.TOKEN.findall(text[:1000]) + [""], 0, 0, point
+
+    def value(self):
+        return self.group({""})
+
+    def take(self, wanted):
+        """The next token, if it is one of these; "" if not."""
+        token = self.tokens[self.at]
+        self.at += token in wanted and token != ""
+        return token if token in wanted else ""
+
+    def group(self, close):
+        """A sum up to its closing bracket."""
+        value = self.product()
+        while sign := self.take({"+", "-"}):
+            value = value + self.product() if sign == "+" else value - self.product()
+        if self.tokens[self.at] not in close:
+            raise ValueError("a bracket stays open")
+        self.take(close)
+        return value
+
+    def product(self):
+        value = self.factor()
+        while True:
+            if self.take({"/", "\\div", ":"}):
+                value = value / self.factor()
+            elif self.take({"*", "\\cdot", "\\times"}) or self.tokens[self.at] not in self.ENDS:  # 2*x, 2x
+                value = value * self.factor()
+            else:
+                return value
+
+    def factor(self):
+        """A sign, an atom, factorials and a power: -x^2 is -(x^2), 2^3^2 is 2^9."""
+        self.depth += 1
+        if self.depth > 40:
+            raise ValueError("nested too deep")
+        if sign := self.take({"+", "-"}):
+            value = self.factor() if sign == "+" else -self.factor()
+        else:
+            value = self.atom()
+            while self.take({"!"}):
+                value = factorial(value)
+            if self.take({"^", "**"}):
+                value = power(value, self.factor())
+        self.depth -= 1
+        return value
+
+    def atom(self):
+        token = self.tokens[self.at]
+        self.at += token != ""
+        name = token.lstrip("\\")
+        if token[:1].isdecimal() or token[:1] == ".":
+            if len(token) > 400 or "e" in token.lower() and abs(int(re.split("[eE]", token)[1])) > 300:
+                raise ValueError("too large a number")
+            return Fraction(token)
+        if token in ("(", "[", "{", "\\{"):
+            return self.group(self.CLOSING)
+        if token == "|":
+            return abs(self.group({"|"}))
+        if name in ("lfloor", "lceil"):
+            x = complex(self.group({"\\rfloor", "\\rceil"})).real
+            return Fraction(math.floor(x + 1e-12) if name == "lfloor" else math.ceil(x - 1e-12))
+        if name == "frac":
+            return self.atom() / self.atom()
+        if name == "binom":
+            n, k = self.atom(), self.atom()
+            return factorial(n) / factorial(k) / factorial(n - k)
+        if name in FUNCTIONS:
+            return self.function(name)
+        if name in CONSTANTS:
+            return CONSTANTS[name]
+        if not name[:1].isalpha() or token == name and name[1:2] not in ("", "_"):
+            raise ValueError("a word, or a sign that stands in no formula")
+        value = random.Random(f"{name} {self.point}").uniform(0.4, 2.6)
+        return -value if self.point == 2 else value
+
+    def function(self, name):
+        index = self.group({"]"}) if name == "sqrt" and self.take({"["}) else Fraction(2)
+        base = self.atom() if name == "log" and self.take({"_"}) else math.e
+        exponent = self.factor() if self.take({"^"}) else Fraction(1)  # sin^2 x
+        if name == "sqrt":
+            return power(power(self.atom(), 1 / index), exponent)
+        bracket = self.tokens[self.at] in ("(", "[", "{")
+        value = self.factor()
+        while not bracket and re.match(r"[\w.\\]", self.tokens[self.at]) and not (
+                self.tokens[self.at] in self.ENDS or self.tokens[self.at].lstrip("\\") in FUNCTIONS):
+            value = value * self.factor()  # sin 2x is sin(2x)
+        value = FUNCTIONS[name](complex(value))
+        return power(value / cmath.log(complex(base)) if name == "log" else value, exponent)
+
+
+def power(base, exponent):
+    exact = isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1
+    if exact and abs(exponent) * max(base.numerator.bit_length(), base.denominator.bit_length()) <= 4096:
+        return base ** int(exponent)
+    return complex(base) ** complex(exponent)
+
+
+def factorial(value):
+    if isinstance(value, Fraction) and value.denominator == 1 and 0 <= value <= 300:
+        return Fraction(math.factorial(int(value)))
+    return math.gamma(complex(value).real + 1)

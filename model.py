@@ -1,0 +1,555 @@
+"""Chapter 1. The transformer: one class, two sizes.
+
+RelayLLM needs two language models that read the same tokens: a small one (SLM) that writes, and a large one (LLM)
+that helps. Both are the decoder-only transformer of the Llama and Qwen families:
+
+    x = embed(tokens)
+    for each layer:   x = x + attention(rms_norm(x))        grouped-query attention with rotary positions
+                      x = x + swiglu(rms_norm(x))
+    logits = head(rms_norm(x))
+
+A relay makes one unusual demand on it. Its rows stop, wait for the other model and go on, each at its own moment, so
+every row of a batch has its own length and its own number of new tokens. The KV cache below is written for that: it
+only ever grows, a row's tokens are read once, and the rows of the current batch always stand in its first slots, so
+that a batch is a slice of the cache and never a copy.
+
+The second half reads and writes model directories in the Hugging Face layout (config.json, model.safetensors). A
+directory from outside is not trusted: there is no pickle, and every size and offset is checked before it is used.
+
+Left out: dropout (neither stage uses it), mixture of experts, sliding windows, quantization, YaRN.
+Sources: RMSNorm (arXiv 1910.07467), RoPE (2104.09864), grouped-query attention (2305.13245), SwiGLU (2002.05202).
+"""
+import json
+import math
+import mmap
+import os
+import shutil
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+FAMILIES = ("qwen3", "qwen2", "llama")  # the model_type values of config.json that this transformer covers
+
+
+@dataclass
+class Config:
+    """The shape of a transformer. `raw` keeps config.json as it was read, to be written back by save()."""
+    vocab_size: int
+    hidden: int            # width of the residual stream
+    ffn: int               # width of the SwiGLU's inside
+    layers: int
+    heads: int             # query heads
+    kv_heads: int          # key/value heads; heads / kv_heads queries share one
+    head_dim: int          # not always hidden / heads (Qwen3)
+    context: int = 32768   # tokens, prompt and response together
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None   # only llama3's, and linear
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = True
+    tied: bool = True      # the output head is the embedding matrix
+    raw: dict = field(default_factory=dict, repr=False, compare=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The forward pass
+
+def rotate(x, cos, sin):
+    """Rotary position embedding (RoFormer, eq. 34), in the half-split layout of the published checkpoints.
+
+    x: (B, H, T, D). cos, sin: (B, 1, T, D/2), one angle for each row's own position. Returns x's shape and dtype.
+    """
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def rope_frequencies(config):
+    """Angle per position for each of the D/2 pairs, (D/2,) float32: theta^(-2i/D) (RoFormer, section 3.2.2).
+
+    Llama 3's scaling divides the frequencies whose wavelength exceeds the old context by `factor`, keeps the fast
+    ones, and blends between (Llama 3 herd of models, arXiv 2407.21783; constants from the checkpoint's config).
+    """
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    freq = 1.0 / config.rope_theta ** half
+    scaling = config.rope_scaling
+    if scaling is None:
+        return freq
+    if scaling["rope_type"] == "linear":
+        return freq / scaling["factor"]
+    turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)  # within the context of pretraining
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * freq + (1 - keep) * freq / scaling["factor"]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis (arXiv 1910.07467, eq. 4), the mean taken in float32 or better."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each added to the residual stream.
+
+    q, k and v are one matrix, and so are gate and up: a decoding step is bound by the number of operations and the
+    bytes of weights, and two products fewer a layer is the cheapest speed there is.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.attn_norm = RMSNorm(c.hidden, c.norm_eps)
+        self.qkv = nn.Linear(c.hidden, (c.heads + 2 * c.kv_heads) * c.head_dim, bias=c.qkv_bias)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
+        self.out = nn.Linear(c.heads * c.head_dim, c.hidden, bias=c.o_bias)
+        self.ffn_norm = RMSNorm(c.hidden, c.norm_eps)
+        self.gate_up = nn.Linear(c.hidden, 2 * c.ffn, bias=c.mlp_bias)
+        self.down = nn.Linear(c.ffn, c.hidden, bias=c.mlp_bias)
+
+    def forward(self, x, cos, sin, past=None):
+        """x: (B, T, hidden); `past`: this layer's part of a KV cache (see Cache.open), or None for whole sequences."""
+        x = x + self.out(self.attention(self.attn_norm(x), cos, sin, past))
+        gate, up = self.gate_up(self.ffn_norm(x)).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up)
+
+    def attention(self, x, cos, sin, past):
+        c, (B, T, _) = self.config, x.shape
+        q, k, v = self.qkv(x).view(B, T, -1, c.head_dim).split((c.heads, c.kv_heads, c.kv_heads), dim=2)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)      # (B, heads, T, D)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        group = c.heads // c.kv_heads
+        if past is None:
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            k, v, mask = past(k, v)                                            # (B, kv_heads, W, D), all tokens so far
+            # The queries of a group see the same keys: folded into the time axis they need no copy of them.
+            y = F.scaled_dot_product_attention(q.reshape(B, c.kv_heads, group * T, c.head_dim), k, v, attn_mask=mask)
+            y = y.view(B, c.heads, T, c.head_dim)
+        return y.transpose(1, 2).reshape(B, T, -1)
+
+
+class Transformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.hidden, config.norm_eps)
+        if not config.tied:
+            self.head = nn.Linear(config.hidden, config.vocab_size, bias=False)
+        self.checkpointing = False  # True: recompute each layer in the backward pass instead of keeping its insides
+        self.freq = None            # rope_frequencies on this model's device, made at the first forward pass
+
+    def initialize(self, seed):
+        """Fresh weights: normal with standard deviation fan_in^-0.5 (embedding: 0.05), zero biases. Returns self."""
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features ** -0.5, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.05, generator=generator)
+        return self
+
+    def hidden(self, tokens, cache=None, counts=None):
+        """The last layer's normed output, (B, T, hidden), for tokens (B, T).
+
+        With a cache, row i is the cache's slot i, its tokens stand after those it holds, and only the first counts[i]
+        of them are real (default: all T); the rest is padding, whose outputs mean nothing. Without one, every row is a
+        whole sequence from position 0; padding at its end is seen by nothing before it.
+        """
+        B, T = tokens.shape
+        if self.freq is None or self.freq.device != tokens.device:
+            self.freq = rope_frequencies(self.config).to(tokens.device)
+        position = torch.arange(T, device=tokens.device)[None]                 # (1, T)
+        past = [None] * len(self.layers)
+        if cache is not None:
+            position = torch.tensor(cache.lengths[:B], device=tokens.device)[:, None] + position   # (B, T)
+            past = cache.open(position)
+        angle = position[:, None, :, None].float() * self.freq                 # (B or 1, 1, T, D/2)
+        x = self.embed(tokens)
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        for layer, layer_past in zip(self.layers, past):
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, layer_past)
+        if cache is not None:
+            cache.close([T] * B if counts is None else counts)
+        return self.norm(x)
+
+    def logits(self, hidden):
+        """(..., hidden) to (..., vocab_size), in the model's dtype."""
+        return F.linear(hidden, self.embed.weight if self.config.tied else self.head.weight)
+
+    def forward(self, tokens, cache=None, counts=None, last=False):
+        """Next-token logits: (B, T, V), or with last=True (B, V), those after each row's last real token alone.
+
+        tokens: (B, T) int64. cache, counts: as in hidden(). A long prompt is read with last=True (or by hidden()
+        alone), which never makes its (T, V) logits.
+        """
+        x = self.hidden(tokens, cache, counts)
+        if last:
+            at = [tokens.shape[1] - 1] * len(tokens) if counts is None else [n - 1 for n in counts]
+            x = x[torch.arange(len(tokens), device=x.device), torch.tensor(at, device=x.device)]
+        return self.logits(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The KV cache
+
+class Cache:
+    """Keys and values of all tokens that a model has read, for rows of different lengths.
+
+    A row is one roll-out; a slot is its present place in the tensors, one a layer: (2, slots, kv_heads, capacity, D).
+    arrange() brings the rows of the next batch to the front. Capacity grows in blocks of tokens. What lies behind a
+    row's length is always finite (zeros, or padding that was read), because a masked weight of 0 times NaN is NaN.
+    """
+
+    def __init__(self, model, block=64):
+        self.config, self.block = model.config, block
+        self.like = model.embed.weight          # for its device and dtype
+        self.rows = []                          # slot -> row
+        self.lengths = []                       # slot -> tokens held
+        self.layers = [self.like.new_zeros(2, 0, self.config.kv_heads, 0, self.config.head_dim)
+                       for _ in range(self.config.layers)]
+
+    def resize(self, slots, capacity):
+        """Reallocate to this many slots and tokens, one layer after the other: never two whole caches at once."""
+        n = min(slots, len(self.rows))
+        for i, old in enumerate(self.layers):
+            new = old.new_zeros(2, slots, old.shape[2], capacity, old.shape[4])
+            kept = min(capacity, old.shape[3])
+            new[:, :n, :, :kept] = old[:, :n, :, :kept]
+            self.layers[i] = new
+
+    def arrange(self, rows):
+        """Bring `rows` to the first slots (any order among them), new rows with length 0. Returns them slot by slot."""
+        slots, capacity = self.layers[0].shape[1], self.layers[0].shape[3]
+        new = [row for row in rows if row not in set(self.rows)]
+        if len(self.rows) + len(new) > slots:
+            self.resize(len(self.rows) + len(new), capacity)
+        self.rows, self.lengths = self.rows + new, self.lengths + [0] * len(new)
+        wanted, n = set(rows), len(rows)
+        out = [slot for slot in range(n) if self.rows[slot] not in wanted]     # stand in front, have to leave
+        back = [slot for slot in range(n, len(self.rows)) if self.rows[slot] in wanted]
+        self.move(out + back, back + out)
+        return self.rows[:n]
+
+    def move(self, to, source):
+        """Slot to[i] takes what slot source[i] holds, all at once."""
+        if not to:
+            return
+        for kv in self.layers:
+            kv[:, to] = kv[:, source]
+        rows, lengths = [self.rows[s] for s in source], [self.lengths[s] for s in source]
+        for slot, row, length in zip(to, rows, lengths):
+            self.rows[slot], self.lengths[slot] = row, length
+
+    def copy(self, source, rows, length):
+        """Give new `rows` the first `length` tokens of row `source`: a prompt is read once for all its roll-outs."""
+        self.arrange(rows)
+        at = self.rows.index(source)
+        for kv in self.layers:
+            kv[:, :len(rows), :, :length] = kv[:, at:at + 1, :, :length]
+        self.lengths[:len(rows)] = [length] * len(rows)
+
+    def drop(self, rows):
+        """Forget finished rows. Memory goes back when half of the slots stand empty."""
+        gone = set(rows)
+        kept = [slot for slot, row in enumerate(self.rows) if row not in gone]
+        holes = [slot for slot in range(len(kept)) if self.rows[slot] in gone]
+        self.move(holes, kept[len(kept) - len(holes):])
+        self.rows, self.lengths = self.rows[:len(kept)], self.lengths[:len(kept)]
+        if len(kept) <= self.layers[0].shape[1] // 2:
+            longest = max(self.lengths, default=0)
+            self.resize(len(kept), -(-longest // self.block) * self.block)
+
+    def open(self, position):
+        """Make room for tokens at `position` (B, T); for each layer, the function that its attention calls.
+
+        past(k, v) stores the new keys and values (B, kv_heads, T, D) and returns all of these rows, as views of the
+        cache, with the mask (B, 1, group * T, W): a token sees its own row up to itself. None when all see all.
+        """
+        B, T = position.shape
+        width = max(self.lengths[:B]) + T
+        slots, capacity = self.layers[0].shape[1], self.layers[0].shape[3]
+        if width > capacity:
+            self.resize(slots, -(-width // self.block) * self.block)
+        mask = None
+        if T > 1 or min(self.lengths[:B]) + 1 < width:
+            seen = torch.arange(width, device=position.device) <= position[:, :, None]        # (B, T, W)
+            mask = seen[:, None].repeat(1, 1, self.config.heads // self.config.kv_heads, 1)   # (B, 1, group * T, W)
+        slot = torch.arange(B, device=position.device)[:, None]
+
+        def past(kv):
+            def store(k, v):
+                keys, values = kv[0, :B, :, :width], kv[1, :B, :, :width]
+                keys[slot, :, position] = k.transpose(1, 2)
+                values[slot, :, position] = v.transpose(1, 2)
+                return keys, values, mask
+            return store
+        return [past(kv) for kv in self.layers]
+
+    def close(self, counts):
+        """The forward pass is done: the first counts[i] of its tokens in slot i count as read."""
+        for slot, count in enumerate(counts):
+            self.lengths[slot] += count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model directories
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+
+
+def read_json(path):
+    """A JSON object from a file of a model directory; ValueError with one line otherwise."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: not found (a model directory has config.json and model.safetensors)") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({type(error).__name__})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: a JSON object was expected")
+    return value
+
+
+def parse_config(raw, path):
+    """What config.json of a Qwen3, Qwen2 or Llama checkpoint says, as a Config; ValueError for what we cannot run."""
+    kind = raw.get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(f"{path}: model_type {kind!r} is not supported (supported: {', '.join(FAMILIES)})")
+
+    def number(key, default=None, kinds=(int,)):
+        value = raw.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 2**31:
+            raise ValueError(f"{path}: {key} is {value!r}, not a positive number")
+        return value
+
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}   # transformers 5 and older
+    rope = dict(rope) if isinstance(rope, dict) else {"rope_type": rope}
+    rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+    needs = {"default": (), "linear": ("factor",), "llama3": (
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+    if not isinstance(rope["rope_type"], str) or rope["rope_type"] not in needs:
+        raise ValueError(f"{path}: rope type {rope['rope_type']!r} is not supported (supported: {', '.join(needs)})")
+    for key in needs[rope["rope_type"]]:
+        if not isinstance(rope.get(key), (int, float)) or not rope[key] > 0:
+            raise ValueError(f"{path}: rope setting {key} is {rope.get(key)!r}, not a positive number")
+    if rope["rope_type"] == "llama3" and not rope["high_freq_factor"] > rope["low_freq_factor"]:
+        raise ValueError(f"{path}: high_freq_factor must exceed low_freq_factor")
+    if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or []):
+        raise ValueError(f"{path}: sliding-window attention is not supported")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported (supported: silu)")
+    theta = raw.get("rope_theta") or rope.get("rope_theta") or 10000.0
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
+        raise ValueError(f"{path}: rope_theta is {theta!r}, not a positive number")
+    heads, hidden = number("num_attention_heads"), number("hidden_size")
+    attention_bias = bool(raw.get("attention_bias", False))
+    config = Config(
+        vocab_size=number("vocab_size"), hidden=hidden, ffn=number("intermediate_size"),
+        layers=number("num_hidden_layers"), heads=heads, kv_heads=number("num_key_value_heads", heads),
+        head_dim=number("head_dim", max(hidden // heads, 1)), context=number("max_position_embeddings", 2048),
+        rope_theta=float(theta), rope_scaling=None if rope["rope_type"] == "default" else rope,
+        norm_eps=float(number("rms_norm_eps", 1e-6, (int, float))),
+        qkv_bias=attention_bias or kind == "qwen2",       # Qwen2 always has them, and its config does not say so
+        o_bias=attention_bias and kind != "qwen2", mlp_bias=bool(raw.get("mlp_bias", False)),
+        qk_norm=kind == "qwen3", tied=bool(raw.get("tie_word_embeddings", False)), raw=raw)
+    if config.heads % config.kv_heads or config.head_dim % 2:
+        raise ValueError(f"{path}: {config.heads} heads, {config.kv_heads} key/value heads of {config.head_dim} "
+                         "do not fit together")
+    return config
+
+
+def read_safetensors(path):
+    """The tensors of a safetensors file, {name: tensor}, memory-mapped: nothing is read before it is used.
+
+    The file: 8 bytes, little-endian, the header's length; the header, JSON: {name: {dtype, shape, data_offsets}};
+    then the tensors, end to end without holes. ValueError with one line for everything that departs from it.
+    """
+    def fault(what):
+        return ValueError(f"{path}: {what}")
+
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < 8:
+                raise fault("too short for a safetensors file")
+            length, = struct.unpack("<Q", file.read(8))
+            if length > min(MAX_HEADER, size - 8):
+                raise fault(f"header of {length} bytes in a file of {size}")
+            try:
+                header = json.loads(file.read(length).decode("utf-8"))
+            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+                raise fault("header is not JSON") from None
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        raise fault(error.strerror or "not readable") from None
+    if not isinstance(header, dict):
+        raise fault("header is not a JSON object")
+    header.pop("__metadata__", None)
+    spans, tensors, start = [], {}, 8 + length
+    for name, entry in header.items():
+        try:
+            dtype, shape, (begin, end) = DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
+            whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        except (KeyError, TypeError, ValueError):
+            raise fault(f"entry of tensor {name!r} is malformed") from None
+        if dtype is None:
+            raise fault(f"tensor {name!r} has dtype {entry['dtype']!r} (supported: {', '.join(DTYPES)})")
+        if not whole or begin > end or end > size - start:
+            raise fault(f"tensor {name!r} does not lie inside the file")
+        if math.prod(shape) * dtype.itemsize != end - begin:
+            raise fault(f"tensor {name!r}: shape {shape} of {entry['dtype']} does not fill its {end - begin} bytes")
+        spans.append((begin, end))
+        if begin == end:
+            tensors[name] = torch.empty(shape, dtype=dtype)
+        elif (start + begin) % dtype.itemsize:   # torch wants aligned memory; a header of odd length gives none
+            tensors[name] = torch.frombuffer(bytearray(data[start + begin:start + end]), dtype=dtype).view(shape)
+        else:
+            tensors[name] = torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=start + begin).view(shape)
+    filled = 0
+    for begin, end in sorted(spans):
+        if begin != filled:
+            raise fault(f"tensors overlap or leave a hole at byte {min(begin, filled)} of the data")
+        filled = end
+    if filled != size - start:
+        raise fault(f"{size - start - filled} bytes after the last tensor")
+    return tensors
+
+
+def checkpoint_tensors(model):
+    """{name in a checkpoint: view of our parameter}. The one place that knows both layouts: load() copies into the
+    views, save() writes them."""
+    c, tensors = model.config, {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm.weight}
+    qkv = [c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim]
+    for i, layer in enumerate(model.layers):
+        parts = [(layer.attn_norm, ["input_layernorm"], None), (layer.ffn_norm, ["post_attention_layernorm"], None),
+                 (layer.qkv, ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], qkv),
+                 (layer.out, ["self_attn.o_proj"], None), (layer.down, ["mlp.down_proj"], None),
+                 (layer.gate_up, ["mlp.gate_proj", "mlp.up_proj"], [c.ffn, c.ffn])]
+        if c.qk_norm:
+            parts += [(layer.q_norm, ["self_attn.q_norm"], None), (layer.k_norm, ["self_attn.k_norm"], None)]
+        for module, names, sizes in parts:
+            for kind, parameter in module.named_parameters():    # weight, and bias where there is one
+                for name, view in zip(names, parameter.split(sizes or len(parameter))):
+                    tensors[f"model.layers.{i}.{name}.{kind}"] = view
+    if not c.tied:
+        tensors["lm_head.weight"] = model.head.weight
+    return tensors
+
+
+def weight_files(path):
+    """model.safetensors, or the shards that model.safetensors.index.json names."""
+    if (path / "model.safetensors").exists() or not (path / "model.safetensors.index.json").exists():
+        return [path / "model.safetensors"]
+    index = path / "model.safetensors.index.json"
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) and n == os.path.basename(n) for n in names.values()):
+        raise ValueError(f"{index}: weight_map must map tensors to files of the same directory")
+    return [path / name for name in sorted(set(names.values()))]
+
+
+def load(path, device="cpu", dtype=torch.float32):
+    """The model of a directory with config.json and safetensors weights, on `device` in `dtype`.
+
+    Raises ValueError with one line that names the file and the fault. Tensors are converted one at a time from the
+    mapped file, so the memory needed is that of the finished model.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such directory")
+    config = parse_config(read_json(path / "config.json"), path / "config.json")
+    found = {}
+    for file in weight_files(path):
+        for name, tensor in read_safetensors(file).items():
+            if name in found:
+                raise ValueError(f"{file}: tensor {name!r} stands in another shard too")
+            found[name] = tensor
+    if "tie_word_embeddings" not in config.raw and "lm_head.weight" not in found:
+        config.tied = True
+    if config.tied:
+        found.pop("lm_head.weight", None)       # some checkpoints keep the copy
+    found = {name: tensor for name, tensor in found.items() if not name.endswith("rotary_emb.inv_freq")}
+    with torch.device("meta"):                  # shapes only, so that a wrong file costs no memory
+        model = Transformer(config)
+    wanted = checkpoint_tensors(model)
+    faults = [f"missing {n}" for n in wanted if n not in found] + [f"surplus {n}" for n in found if n not in wanted]
+    faults += [f"{n} is {list(found[n].shape)}, not {list(t.shape)}" for n, t in wanted.items()
+               if n in found and found[n].shape != t.shape]
+    if faults:
+        more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
+        raise ValueError(f"{path}: weights do not fit config.json: {', '.join(faults[:8])}{more}")
+    model = model.to(dtype).to_empty(device=device)
+    with torch.no_grad():
+        for name, view in checkpoint_tensors(model).items():
+            view.copy_(found.pop(name))
+    return model.eval()
+
+
+def write_beside(path, write):
+    """Write a file under another name and move it over `path`: nobody ever sees half a file."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save(model, path, source=None):
+    """Write `model` as a directory that load(), transformers and vLLM read, in the model's dtype.
+
+    source: the directory it came from; its tokenizer and chat files are copied byte for byte. It may be `path` itself.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach() for name, t in checkpoint_tensors(model).items()}
+    header, offset = {}, 0
+    for name, t in tensors.items():
+        size = t.numel() * t.element_size()
+        header[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % 8)             # the data starts aligned
+
+    def weights(file):
+        file.write(struct.pack("<Q", len(text)) + text)
+        for t in tensors.values():              # one at a time: no second copy of the model
+            file.write(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    write_beside(path / "model.safetensors", weights)
+    if source is not None and Path(source).resolve() != path.resolve():
+        for file in sorted(Path(source).iterdir()):
+            if file.is_file() and "safetensors" not in file.name and file.name != "config.json" and (
+                    file.suffix in (".json", ".jinja", ".txt") or file.name == "tokenizer.model"):
+                shutil.copyfile(file, path / file.name)
+    config = dict(model.config.raw, dtype=str(model.embed.weight.dtype).removeprefix("torch."))
+    config.pop("torch_dtype", None)             # the older name of dtype
+    write_beside(path / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode() + b"\n"))

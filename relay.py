@@ -1,0 +1,490 @@
+"""Chapter 3. The relay: two models write one answer.
+
+The SLM writes. When its text contains the command <call>n</call>, the LLM writes the next n tokens of the same answer,
+and the SLM goes on from there (RelayLLM, arXiv 2601.05167, section 3). Nothing else routes.
+
+    SLM's context:  prompt  One lute costs <call>1</call>  14   coins. So 3 cost ...
+    LLM's context:  prompt  One lute costs                 14   (and here it stops reading until the next call)
+
+Three rules make it exact and cheap.
+  1. A model reads each token once. For every row it has a KV cache and a list of tokens that it has still to read; one
+     operation, Reader.step(), serves prompt, catch-up after the other model's turn, and decoding. A hand-off costs the
+     tokens since the last one, never the whole context. A row that never calls costs the LLM nothing.
+  2. Tokens cross, not text. What the LLM writes enters the SLM's context as those very tokens. What the SLM wrote
+     reaches the LLM token by token, but for the commands; where a command shares a token with its neighbour's bytes,
+     those bytes are encoded again and none is lost.
+  3. Randomness belongs to the roll-out. Token k of row i is drawn with the k-th uniform number of row i's own seed, so
+     a roll-out is the same alone and in any batch (in float32 up to ties that rounding breaks).
+
+Turns alternate for the whole batch: the SLM runs until every row waits or has ended, then the LLM serves all waiting
+rows as one batch, because its steps are the dear ones. Whatever a model writes is data; nothing here raises on it.
+"""
+import argparse
+import json
+import os
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import INSTRUCTION, Tokenizer, grade, load_questions, toy_questions
+from model import Cache, load, read_json, write_beside
+
+COMMAND = re.compile(rb"<call>([0-9]{1,9})</call>")   # ten digits or more are no command, but text
+LONGEST = len(b"<call></call>") + 9                   # bytes
+OPEN = b"<call"                                       # what a response without calls may not contain
+CHUNK = 256                                           # tokens read at once: bounds the mask and the hidden states
+
+
+def command(n):
+    """The text that asks for n tokens."""
+    return f"<call>{n}</call>"
+
+
+class Call(NamedTuple):
+    position: int    # index in the response of the first delivered token
+    asked: int       # n in the command; tokens left, for a call placed by a router
+    delivered: int   # tokens that the LLM wrote
+
+
+@dataclass
+class Rollout:
+    """One response and how it came about."""
+    prompt: list
+    tokens: list = field(default_factory=list)      # the response: commands and the end-of-text token included
+    by_llm: list = field(default_factory=list)      # for each token: did the LLM write it?
+    logprobs: list = field(default_factory=list)    # for each token: the SLM's log-probability at the sampling
+    #                                                 temperature (0: of the plain softmax); 0.0 where the LLM wrote
+    calls: list = field(default_factory=list)       # of Call
+    end: str = ""                                   # "eos", "eos_by_llm", or "length": the budget is spent
+    cost: dict = field(default_factory=dict)        # tokens read: slm_prefill, slm_decode, llm_prefill, llm_decode
+
+    @property
+    def rho(self):
+        """Call ratio: tokens written by the LLM / all tokens of the response (RelayLLM, section 3)."""
+        return sum(self.by_llm) / max(len(self.tokens), 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+def log_softmax(logits, known, temperature=1.0):
+    """Log-probabilities (..., N) over the tokenizer's N ids, from logits (..., V >= N), at a temperature (0 as 1).
+
+    known: (N,) bool. Checkpoints pad their vocabulary; ids that the tokenizer does not have get probability 0. The
+    sampler and the learner both call this: their log-probabilities agree because they are the same function.
+    """
+    logits = logits[..., :len(known)]
+    logits = logits.masked_fill(~known, -torch.inf) if not known.all() else logits
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return torch.log_softmax(logits / temperature if temperature not in (0, 1) else logits, dim=-1)
+
+
+def sample(logprobs, uniforms, temperature=1.0, top_p=1.0):
+    """One token a row by inverse CDF: the first id whose cumulative probability exceeds the row's uniform number.
+
+    logprobs: (B, N). uniforms: B numbers in [0, 1). Returns ids (B,). No sort of the vocabulary unless top_p < 1, which
+    keeps the smallest set of most likely ids with at least that probability. Temperature 0 takes the most likely id.
+    """
+    if temperature == 0:
+        return logprobs.argmax(dim=-1)
+    logprobs = logprobs.cpu() if logprobs.device.type == "mps" else logprobs      # mps has no float64
+    probs = logprobs.exp()
+    if top_p < 1:
+        ordered, ids = probs.sort(dim=-1, descending=True)
+        before = ordered.cumsum(dim=-1) - ordered
+        probs = probs.masked_fill(torch.zeros_like(probs).scatter(-1, ids, (before >= top_p).to(probs.dtype)) > 0, 0)
+    cdf = probs.cumsum(dim=-1, dtype=torch.float64)
+    u = torch.tensor(uniforms, dtype=torch.float64, device=cdf.device)[:, None] * cdf[:, -1:]
+    return torch.searchsorted(cdf, u, right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
+
+
+def entropy(logprobs):
+    """Entropy in nats of each distribution, (..., N) to (...)."""
+    return -(logprobs.exp() * logprobs.clamp(min=-100)).sum(dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One model's side
+
+class Reader:
+    """A model, its KV cache, and for every row the text that the model is to see.
+
+    This is all that the relay needs of either model: feed() it tokens of a row, and step() some rows for the logits of
+    their next token. What of a row's text is in the cache is never read again.
+    """
+
+    def __init__(self, model, prompts):
+        self.model, self.cache, self.prompts = model, Cache(model), prompts
+        self.text = [list(prompt) for prompt in prompts]           # all that this model is to see
+        self.own = [[False] * len(prompt) for prompt in prompts]   # for each of those tokens: did this model write it?
+        self.at = [0] * len(prompts)                               # tokens of it in the cache
+        self.prefill, self.decode = [0] * len(prompts), [0] * len(prompts)   # tokens that really ran
+        first = {}
+        self.group = [first.setdefault(tuple(prompt), row) for row, prompt in enumerate(prompts)]   # equal prompts
+        self.holder = {}                                           # group -> a row whose cache holds its prompt
+
+    def feed(self, row, tokens, own=False):
+        self.text[row] += tokens
+        self.own[row] += [own] * len(tokens)
+
+    def step(self, rows):
+        """Read all that is new for `rows`. Returns them in cache order, and the logits (B, V) after each one's last."""
+        self.share_prompts([row for row in rows if self.at[row] == 0])
+        goal = [len(text) for text in self.text]
+        while long := [row for row in rows if goal[row] - self.at[row] > CHUNK]:
+            self.read(long, goal)
+        return self.read(rows, goal, last=True)
+
+    def share_prompts(self, new):
+        """The G roll-outs of one question read their prompt once: one row reads it, the others copy its cache.
+
+        But for its last token, which each reads itself, for the logits after it.
+        """
+        twins = Counter(self.group)
+        new = [row for row in new if twins[self.group[row]] > 1]
+        readers = [row for row in new if self.holder.setdefault(self.group[row], row) == row]
+        goal = [len(prompt) - 1 for prompt in self.prompts]
+        while unread := [row for row in readers if self.at[row] < goal[row]]:
+            self.read(unread, goal)
+        for source in {self.holder[self.group[row]] for row in new}:
+            copies = [row for row in new if self.group[row] == self.group[source] and row != source]
+            self.cache.copy(source, copies, goal[source])
+            for row in copies:
+                self.at[row] = goal[source]
+
+    def read(self, rows, goal, last=False):
+        """One forward pass over up to CHUNK tokens of each row, towards goal[row]; shorter rows are padded behind."""
+        order = self.cache.arrange(rows)
+        spans = [(self.at[row], min(goal[row], self.at[row] + CHUNK)) for row in order]
+        counts = [end - start for start, end in spans]
+        tokens = [self.text[row][start:end] + [0] * (max(counts) - (end - start))
+                  for row, (start, end) in zip(order, spans)]
+        tokens = torch.tensor(tokens, device=self.cache.like.device)
+        out = (self.model(tokens, self.cache, counts, last=True) if last
+               else self.model.hidden(tokens, self.cache, counts))
+        for row, (start, end) in zip(order, spans):
+            written = sum(self.own[row][start:end])
+            self.at[row], self.decode[row] = end, self.decode[row] + written
+            self.prefill[row] += end - start - written
+        return order, out
+
+    def drop(self, rows):
+        """Forget rows that have ended, and give their part of the cache back."""
+        gone = set(rows)
+        self.holder = {group: row for group, row in self.holder.items() if row not in gone}
+        self.cache.drop(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+
+def without_commands(tokens, tokenizer):
+    """The token ids of the same text with every command cut out.
+
+    A token that no command touches stays as it is. Bytes that share a token with a command are encoded again.
+    """
+    pieces = [tokenizer.token_bytes[t] for t in tokens]
+    cut = [match.span() for match in COMMAND.finditer(b"".join(pieces))]
+    kept, rest, at = [], b"", 0
+    for token, piece in zip(tokens, pieces):
+        start, at = at, at + len(piece)
+        touching = [(a, b) for a, b in cut if a < at and b > start]
+        if touching:
+            rest += bytes(byte for i, byte in enumerate(piece, start) if not any(a <= i < b for a, b in touching))
+        else:
+            kept += (tokenizer.encode_bytes(rest) if rest else []) + [token]
+            rest = b""
+    return kept + (tokenizer.encode_bytes(rest) if rest else [])
+
+
+class Ban:
+    """Which tokens would complete the opening of a command, given the text so far (for evaluation without the LLM)."""
+
+    def __init__(self, tokenizer, device):
+        self.pieces, self.device, self.masks = tokenizer.token_bytes, device, {}
+
+    def mask(self, tail):
+        """(N,) bool: True for ids after which `tail` would contain the opening tag."""
+        begun = next(n for n in range(len(OPEN) - 1, -1, -1) if tail.endswith(OPEN[:n]))   # bytes of it already there
+        if begun not in self.masks:
+            self.masks[begun] = torch.tensor([OPEN in OPEN[:begun] + piece for piece in self.pieces],
+                                             device=self.device)
+        return self.masks[begun]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+class Row:
+    """The state of one roll-out while it is written."""
+
+    def __init__(self, prompt, budget, seed):
+        self.out, self.budget = Rollout(list(prompt)), budget
+        self.uniforms = np.random.default_rng(seed).random(budget)    # one for each token, whoever writes it
+        self.tail = b""      # the end of the SLM's text since the LLM's last token, where a command may stand
+        self.since = 0       # index of the first token that the LLM has not been fed
+        self.owed = 0        # tokens that the LLM has still to write; above 0 the row waits for it
+
+    def append(self, token, by_llm, logprob, ends):
+        """Add one token; decides whether the response ends with it."""
+        out = self.out
+        out.tokens.append(token)
+        out.by_llm.append(by_llm)
+        out.logprobs.append(logprob)
+        if by_llm:
+            self.owed -= 1
+            out.calls[-1] = out.calls[-1]._replace(delivered=out.calls[-1].delivered + 1)
+        if token in ends:
+            out.end = "eos_by_llm" if by_llm else "eos"
+        elif len(out.tokens) == self.budget:
+            out.end = "length"
+
+    def call(self, asked, granted):
+        """The LLM is asked for `granted` tokens, cut to the budget left. None granted: the SLM goes on at once."""
+        self.owed = min(granted, self.budget - len(self.out.tokens))
+        self.out.calls.append(Call(len(self.out.tokens), asked, 0))
+
+    def find_command(self, piece):
+        """n, if the token with these bytes completes a command, else None. A command is found however it is cut."""
+        self.tail += piece
+        found = None
+        for found in COMMAND.finditer(self.tail):
+            pass
+        self.tail = self.tail[found.end():] if found else self.tail[-LONGEST:]
+        return int(found[1]) if found else None
+
+
+@torch.inference_mode()
+def relay(slm, llm, tokenizer, prompts, *, max_new_tokens, temperature=0.7, seed=0, llm_temperature=0.7, top_p=1.0,
+          fixed=None, router=None, no_calls=False, batch=None, on_token=None, progress=None):
+    """Write a response to every prompt. Returns a list of Rollout.
+
+    slm, llm: Transformers that share `tokenizer`; llm=None: nobody is called, and commands stay as text.
+    prompts: lists of token ids. max_new_tokens: budget of a response, the LLM's tokens and the commands included; it is
+    cut where the context of a model would overflow. temperature, top_p: the SLM's; 0 is greedy. The LLM samples at
+    llm_temperature. seed: one int (row i draws from (seed, i)), or one seed for each row.
+    fixed=N: every call delivers N tokens, whatever was asked. router=(high, low): commands are not obeyed; instead,
+    where the SLM's next-token entropy exceeds `high` nats, its token is discarded and the LLM writes until its own
+    entropy falls below `low` (R-Stitch, arXiv 2507.17307). no_calls=True: the SLM cannot write a command's opening.
+    batch: rows decoded at once (default: all). on_token(row, token, by_llm) sees tokens as they are written;
+    progress(n) hears of n finished rows.
+    """
+    seeds = [(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+    context = min(model.config.context for model in (slm, llm) if model is not None)
+    for i, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < context:
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens; the context holds 1 to {context - 1}")
+    options = (max_new_tokens, temperature, llm_temperature, top_p, fixed, router, no_calls, on_token, progress)
+    rollouts = []
+    for start in range(0, len(prompts), batch or len(prompts) or 1):
+        part = slice(start, start + (batch or len(prompts)))
+        rollouts += relay_batch(slm, llm, tokenizer, prompts[part], seeds[part], start, context, *options)
+    return rollouts
+
+
+def relay_batch(slm, llm, tokenizer, prompts, seeds, start, context, max_new_tokens, temperature, llm_temperature,
+                top_p, fixed, router, no_calls, on_token, progress):
+    rows = [Row(p, min(max_new_tokens, context - len(p)), s) for p, s in zip(prompts, seeds)]
+    device = slm.embed.weight.device
+    known = torch.tensor(tokenizer.known, device=device)
+    ban = Ban(tokenizer, device)
+    writer, helper = Reader(slm, prompts), Reader(llm, prompts) if llm is not None else None
+
+    def draw(reader, turn, temperature, top_p, forbid=None):
+        """One step of a model for the rows whose turn it is: rows in cache order, log-probabilities, sampled ids."""
+        order, logits = reader.step(turn)
+        logprobs = log_softmax(logits, known, temperature)
+        if forbid is not None:
+            logprobs = torch.log_softmax(logprobs.masked_fill(forbid(order), -torch.inf), dim=-1)
+        ids = sample(logprobs, [rows[r].uniforms[len(rows[r].out.tokens)] for r in order], temperature, top_p)
+        return order, logprobs, ids
+
+    def retire(turn):
+        """Take the rows that have ended out of the turn, and out of the caches."""
+        ended = [r for r in turn if rows[r].out.end]
+        if ended:
+            for reader in (writer, helper) if helper else (writer,):
+                reader.drop(ended)
+            if progress:
+                progress(len(ended))
+        return [r for r in turn if not rows[r].out.end]
+
+    def tell(r, token, by_llm):
+        if on_token:
+            on_token(start + r, token, by_llm)
+
+    forbid = (lambda order: torch.stack([ban.mask(rows[r].tail) for r in order])) if no_calls else None
+    live = retire(range(len(rows)))
+    while live:
+        # The SLM's turn: until every live row waits for the LLM
+        turn = live
+        while turn:
+            order, logprobs, ids = draw(writer, turn, temperature, top_p, forbid)
+            chosen = logprobs.gather(-1, ids[:, None].to(logprobs.device))[:, 0].tolist()
+            unsure = (entropy(logprobs) > router[0]).tolist() if router and helper else [False] * len(order)
+            for r, token, logprob, discard in zip(order, ids.tolist(), chosen, unsure):
+                row = rows[r]
+                if discard:
+                    row.call(row.budget, row.budget)
+                    continue
+                row.append(token, False, logprob, tokenizer.end_ids)
+                writer.feed(r, [token], own=True)
+                tell(r, token, False)
+                n = row.find_command(tokenizer.token_bytes[token])
+                if n is not None and helper and not router and not row.out.end:
+                    row.call(n, n if fixed is None else fixed)
+            live = retire(live)
+            turn = [r for r in order if not rows[r].out.end and not rows[r].owed]
+
+        # The LLM's turn: all waiting rows as one batch, each until it has its tokens
+        for r in live:
+            helper.feed(r, without_commands(rows[r].out.tokens[rows[r].since:], tokenizer))
+        turn = live
+        while turn:
+            order, logprobs, ids = draw(helper, turn, llm_temperature, 1.0)
+            sure = (entropy(logprobs) < router[1]).tolist() if router else [False] * len(order)
+            for r, token, stop in zip(order, ids.tolist(), sure):
+                row = rows[r]
+                row.append(token, True, 0.0, tokenizer.end_ids)
+                helper.feed(r, [token], own=True)
+                writer.feed(r, [token])
+                tell(r, token, True)
+                row.since, row.tail = len(row.out.tokens), b""
+                if stop:
+                    row.owed = 0
+            live = retire(live)
+            turn = [r for r in order if not rows[r].out.end and rows[r].owed]
+
+    for r, row in enumerate(rows):
+        row.out.cost = dict(slm_prefill=writer.prefill[r], slm_decode=writer.decode[r],
+                            llm_prefill=helper.prefill[r] if helper else 0,
+                            llm_decode=helper.decode[r] if helper else 0)
+    return [row.out for row in rows]
+
+
+def plain_text(rollout, tokenizer):
+    """The response as a reader sees it: without commands, without the end-of-text token."""
+    tokens = rollout.tokens[:-1] if rollout.end.startswith("eos") else rollout.tokens
+    pieces = b"".join(tokenizer.token_bytes[t] for t in tokens)
+    return COMMAND.sub(b"", pieces).decode("utf-8", errors="replace")
+
+
+def correct(question, rollout, tokenizer):
+    """Is the response right? A strict question (the toy's) also wants nothing between its answer and its own end."""
+    text = plain_text(rollout, tokenizer)
+    if question.strict and (rollout.end == "length" or not text.endswith(f"\\boxed{{{question.answer}}}")):
+        return False
+    return grade(text, question.answer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What all scripts share on the command line
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists what there is)\n")
+
+
+def positive(kind):
+    """An argparse type: a number above 0."""
+    def number(text):
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise ValueError
+        return value
+    number.__name__ = "positive number"
+    return number
+
+
+def parser(description, example):
+    """An argument parser with the flags that every script has, spelled once."""
+    p = Parser(description=description, epilog=f"example: {example}",
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--run", type=Path, default=Path("runs/toy"), help="where everything of a run lies (runs/toy)")
+    p.add_argument("--slm", type=Path, metavar="DIR", help="the small model's directory (warmup.py notes it in the run)")
+    p.add_argument("--llm", type=Path, metavar="DIR", help="the large model's directory (likewise)")
+    p.add_argument("--questions", type=Path, metavar="FILE", help="questions, .jsonl or .json (default: the toy's)")
+    p.add_argument("--limit", type=positive(int), metavar="N", help="at most N questions")
+    p.add_argument("--seed", type=int, default=1, help="for sampling, initialization and order (1)")
+    p.add_argument("--temperature", type=float, metavar="T", help="the SLM's sampling temperature; 0 is greedy")
+    p.add_argument("--max-new-tokens", type=positive(int), metavar="N", help="budget of a response, in tokens")
+    p.add_argument("--batch", type=positive(int), default=256, metavar="ROWS", help="roll-outs decoded at once (256)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
+    p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+                   help="of models that are not trained (auto: bfloat16 where the hardware has it)")
+    return p
+
+
+class Run:
+    """A run's directory, and run.json in it: where SLM and LLM lie, and the settings of each finished stage."""
+
+    def __init__(self, path):
+        self.path, self.file = Path(path), Path(path) / "run.json"
+        self.info = read_json(self.file) if self.file.exists() else {"stages": {}}
+
+    def directory(self, name):
+        """Where a model of this run lies: "slm" and "llm" as given to warmup.py, "warmup" and "grpo" inside."""
+        return self.path / self.info.get(name, name)      # an absolute path stays what it is
+
+    def write(self):
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_beside(self.file, lambda file: file.write(json.dumps(self.info, indent=2).encode() + b"\n"))
+
+    def finish(self, stage, settings):
+        self.info["stages"][stage] = settings
+        self.write()
+
+    @property
+    def toy(self):
+        return self.info.get("toy", False)
+
+
+def machine(args):
+    """(device, dtype of frozen models) that --device and --dtype ask for."""
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {device} is not to be had on this machine; try --device cpu") from None
+    if args.dtype != "auto":
+        return device, getattr(torch, args.dtype)
+    native = device.startswith("cuda") or device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return device, torch.bfloat16 if native else torch.float32
+
+
+def load_pair(slm_path, llm_path, device, dtype):
+    """(SLM in float32, LLM in `dtype`, their tokenizer). A pair that does not read the same tokens is refused."""
+    tokenizer, other = Tokenizer(slm_path), Tokenizer(llm_path)
+    if difference := tokenizer.difference(other):
+        raise ValueError(f"{slm_path} and {llm_path} do not have the same tokenizer: {difference}")
+    return load(slm_path, device), load(llm_path, device, dtype), tokenizer
+
+
+def write_answers(slm, llm, tokenizer, questions, args, label, **options):
+    """relay() over questions with the script's settings and a progress bar."""
+    prompts = [tokenizer.chat(question.text) for question in questions]
+    with tqdm(total=len(prompts), desc=label, unit="answer", dynamic_ncols=True) as bar:
+        return relay(slm, llm, tokenizer, prompts, progress=bar.update, **{
+            "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed,
+            "batch": args.batch, **options})
+
+
+def run_script(main):
+    """Run a script's main(): a user's mistake or bad data ends in one line, never in a traceback."""
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")           # exit code 1
+    except OSError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error.filename or 'file system'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{Path(sys.argv[0]).name}: stopped; what earlier stages wrote is kept")
