@@ -4,20 +4,16 @@ DRAFT
 """
 import itertools
 import json
-import math
-import os
 import random
 import shutil
 import time
-from collections import deque
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from data import load_questions, toy_questions
 from model import load, read_json, save, write_beside
-from relay import Run, correct, load_pair, machine, parser, plain_text, positive, relay, run_script, write_answers
+from relay import Run, correct, load_pair, machine, parser, positive, relay, run_script, write_answers
 from warmup import Example, adamw, apply_gradient, micro_batches, settings, token_logprobs
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,7 +149,7 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
     sampled = time.perf_counter()
 
     metrics = dict(step=step) | step_metrics(questions, groups, right, reward)
-    sums, updates = [], []
+    sums = []
     for part in range(args.updates):           # old log-probabilities stay those of sampling over all updates
         chosen = [i for i in range(part, len(groups), args.updates)
                   if not args.skip_equal or advantage[i].any()]
@@ -184,72 +180,69 @@ def filter_questions(questions, llm, tokenizer, args):
 
 
 TOY = dict(temperature=1.0, max_new_tokens=96, steps=140, questions_per_step=16, group=16, lr=1e-3, updates=1,
-           pool=640, filter_samples=2, decay=True, skip_equal=True, micro_tokens=3000)
+           pool=640, filter_samples=2, decay=True, ramp=20, skip_equal=True, micro_tokens=3000)
 PAPER = dict(temperature=1.0, max_new_tokens=8192, steps=100, questions_per_step=128, group=8, lr=1e-6, updates=4,
-             pool=17000, filter_samples=10, decay=False, skip_equal=False, micro_tokens=8192)
+             pool=17000, filter_samples=10, decay=False, ramp=1, skip_equal=False, micro_tokens=8192)
 
 
 def arguments():
-    p = parser("Stage 2: GRPO over relay roll-outs.", "python grpo.py --run runs/toy --gpus 1")
-    p.add_argument("--steps", type=positive(int))
-    p.add_argument("--questions-per-step", type=positive(int))
-    p.add_argument("--group", type=positive(int))
-    p.add_argument("--lr", type=positive(float))
-    p.add_argument("--kl", type=float, default=0.01)
-    p.add_argument("--reward", choices=["difficulty", "simple"], default="difficulty")
-    p.add_argument("--updates", type=positive(int))
-    p.add_argument("--clip-low", type=float, default=0.2)
-    p.add_argument("--clip-high", type=float, default=0.3)
-    p.add_argument("--llm-temperature", type=float, default=0.7)
-    p.add_argument("--pool", type=positive(int))
-    p.add_argument("--filter-samples", type=int)
-    p.add_argument("--pass-rate", type=float, default=0.5)
-    p.add_argument("--micro-tokens", type=positive(int))
-    p.add_argument("--no-teacher", action="store_true")
-    p.add_argument("--out", default="grpo", help="the stage's directory in the run (grpo)")
-    p.add_argument("--gpus", type=positive(int), default=1)
-    return p
-
-
-def main():
-    p = arguments()
+    p = parser("Stage 2: GRPO over relay roll-outs. Defaults: the toy's, and with real models the paper's.",
+               "python grpo.py --run runs/toy --gpus 1")
+    p.add_argument("--steps", type=positive(int), help="batches of roll-outs (toy %(default)s)".replace(
+        "%(default)s", str(TOY["steps"])))
+    p.add_argument("--questions-per-step", type=positive(int), help=f"toy {TOY['questions_per_step']}, paper 128")
+    p.add_argument("--group", type=positive(int), help=f"roll-outs of each question, G (toy {TOY['group']}, paper 8)")
+    p.add_argument("--lr", type=positive(float), help=f"learning rate (toy {TOY['lr']}, to 0; paper 1e-6, constant)")
+    p.add_argument("--kl", type=float, default=0.01, help="weight of the KL to the warmed-up model (0.01)")
+    p.add_argument("--reward", choices=["difficulty", "simple"], default="difficulty",
+                   help="RelayLLM's difficulty-aware reward, or accuracy - rho")
+    p.add_argument("--updates", type=positive(int), help="updates for each batch of roll-outs (toy 1, paper 4)")
+    p.add_argument("--clip-low", type=float, default=0.2, help="PPO's clip below 1 (0.2)")
+    p.add_argument("--clip-high", type=float, default=0.3, help="and above (0.3; DAPO, arXiv 2503.14476)")
+    p.add_argument("--llm-temperature", type=float, default=0.7, help="the LLM's, inside a call (0.7)")
+    p.add_argument("--pool", type=positive(int), help="questions before the filter")
+    p.add_argument("--filter-samples", type=int, help="the LLM's answers to each, 0: no filter (toy 2, paper 10)")
+    p.add_argument("--pass-rate", type=float, default=0.5, help="keep questions that the LLM solves this often (0.5)")
+    p.add_argument("--micro-tokens", type=positive(int), help="tokens that pass the model at once")
+    p.add_argument("--no-teacher", action="store_true", help="plain GRPO: nobody to call")
+    p.add_argument("--save-every", type=positive(int), default=20, help="steps between checkpoints (20)")
+    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    p.add_argument("--gpus", type=positive(int), default=1, help="only 1 so far")
     args = p.parse_args()
-    run = Run(args.run)
-    if "warmup" not in run.info["stages"]:
-        raise ValueError(f"{run.path} holds no warm-up yet; run: python warmup.py --run {run.path}")
-    out = run.path / args.out
-    args.toy = run.toy and args.questions is None
-    for key, value in (TOY if run.toy else PAPER).items():
-        if getattr(args, key, None) is None:
-            setattr(args, key, value)
-    device, frozen = machine(args)
-    policy, llm, tokenizer = load_pair(args.slm or run.path / "warmup", args.llm or run.directory("llm"), device, frozen)
-    reference = load(args.slm or run.path / "warmup", device)
-    known = torch.tensor(tokenizer.known, device=device)
-    rng = random.Random(f"grpo {args.seed}")
-    questions = (list(itertools.islice(toy_questions("train", rng, unseen=False), args.pool)) if args.toy
-                 else load_questions(args.questions, args.limit))
-    questions = filter_questions(questions, llm, tokenizer, args)
-    optimizer = adamw(policy, args.lr)
-    out.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(range(1, args.steps + 1), desc="GRPO", unit="step", dynamic_ncols=True)
-    with open(out / "metrics.jsonl", "w") as log:
-        for step in bar:
-            first = (step - 1) * args.questions_per_step
-            chosen = [pick(questions, first + i, args.seed) for i in range(args.questions_per_step)]
-            args.rate = args.lr * (1 - (step - 1) / args.steps if args.decay else 1.0)
-            metrics, groups = train_step(step, chosen, policy, reference, None if args.no_teacher else llm, tokenizer,
-                                         optimizer, known, args)
-            log.write(json.dumps(metrics) + "\n")
-            log.flush()
-            bar.set_postfix(acc=f"{metrics['accuracy']:.2f}", calls=f"{metrics['call_rate']:.2f}",
-                            rho=f"{metrics['rho']:.3f}", n=f"{metrics['asked']:.1f}", len=f"{metrics['length']:.0f}")
-            if step % 20 == 0:
-                r = groups[0][0]
-                tqdm.write(f"step {step}: {tokenizer.decode(r.tokens)}")
-    save(policy, out, run.path / "warmup")
-    run.finish(args.out, settings(args))
-    print(f"wrote {out}; next: python eval.py --run {run.path}")
+    if args.gpus > 1:
+        p.error("--gpus: more than one is not supported yet")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: a new directory each, made good by replacing one small file last
+
+SETTINGS = ("seed", "steps", "questions_per_step", "group", "lr", "kl", "reward", "updates", "clip_low", "clip_high",
+            "temperature", "llm_temperature", "max_new_tokens", "pool", "filter_samples", "pass_rate", "no_teacher")
+
+
+def save_checkpoint(out, step, policy, optimizer, source, args):
+    folder = out / f"checkpoint-{step}"
+    shutil.rmtree(folder, ignore_errors=True)          # half of one, from a run that was killed
+    save(policy, folder, source)
+    write_beside(folder / "optimizer.pt", lambda file: torch.save(optimizer.state_dict(), file))
+    state = dict(step=step, folder=folder.name, settings={key: getattr(args, key) for key in SETTINGS})
+    write_beside(out / "checkpoint.json", lambda file: file.write(json.dumps(state, indent=2).encode()))
+    for old in out.glob("checkpoint-*"):
+        if old != folder:
+            shutil.rmtree(old)
+
+
+def last_checkpoint(out, args):
+    """(steps done, directory of the model) of the last checkpoint; (0, None) if there is none."""
+    if not (out / "checkpoint.json").exists():
+        return 0, None
+    state = read_json(out / "checkpoint.json")
+    for key in SETTINGS:
+        if state["settings"].get(key) != getattr(args, key):
+            raise ValueError(f"{out}: its checkpoint was made with {key} {state['settings'].get(key)}, not "
+                             f"{getattr(args, key)}; resume with the same settings, or choose another --run")
+    return state["step"], out / state["folder"]
 
 
 def pick(questions, i, seed):
@@ -258,6 +251,97 @@ def pick(questions, i, seed):
     order = list(range(len(questions)))
     random.Random(f"order {seed} {epoch}").shuffle(order)
     return questions[order[place]]
+
+
+def learning_rate(step, args):
+    """Constant, as in the paper; the toy's rises over `ramp` steps and falls to 0.
+
+    Without the ramp the first few batches decide by chance whether the model calls always or never (see README.md).
+    """
+    rate = args.lr * min(1.0, step / args.ramp)
+    return rate * (1 - (step - 1) / args.steps) if args.decay else rate
+
+
+def watch(history):
+    """One line when the last ten steps show a known collapse, else None."""
+    mean = lambda key: sum(m[key] for m in history[-10:]) / 10
+    if len(history) < 10:
+        return None
+    if mean("call_rate") < 0.005:
+        return "warning: the model has stopped calling; the warm-up was too weak, or it guesses too well"
+    if mean("rho") > 0.5:
+        return "warning: the LLM writes more than half of the tokens; the model has collapsed into long calls"
+    if mean("length") > 1.3 * history[0]["length"]:
+        return "warning: answers are 30% longer than at the start; length lowers rho without a use"
+    return None
+
+
+def main():
+    args = arguments()
+    run = Run(args.run)
+    if "warmup" not in run.info["stages"]:
+        raise ValueError(f"{run.path} holds no warm-up yet; run: python warmup.py --run {run.path}")
+    for key, value in (TOY if run.toy else PAPER).items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
+    out, source = run.path / "grpo", args.slm or run.path / "warmup"
+    if "grpo" in run.info["stages"]:
+        if args.resume:
+            print(f"{out} is finished; next: python eval.py --run {run.path}")
+            return
+        raise ValueError(f"{out} is there already; choose another --run, or delete it")
+    if not args.resume and (out / "checkpoint.json").exists():
+        raise ValueError(f"{out} holds an unfinished training; go on with --resume, or delete it")
+    if not run.toy and args.questions is None:
+        raise ValueError("real models need --questions FILE")
+    done, folder = last_checkpoint(out, args)
+    device, frozen = machine(args)
+    if device == "cpu":
+        print("no GPU is used: running on the CPU")
+    policy, llm, tokenizer = load_pair(folder or source, args.llm or run.directory("llm"), device, frozen)
+    reference = load(source, device)
+    optimizer = adamw(policy, args.lr)
+    if folder:
+        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+    known = torch.tensor(tokenizer.known, device=device)
+    questions = (list(itertools.islice(toy_questions("train", random.Random(f"grpo {args.seed}"), unseen=False),
+                                       args.pool))
+                 if args.questions is None else load_questions(args.questions, args.limit))
+    questions = filter_questions(questions, llm, tokenizer, args)
+    if not questions:
+        raise ValueError("the LLM solves none of the questions; give easier ones, or --filter-samples 0")
+
+    out.mkdir(parents=True, exist_ok=True)
+    lines = (out / "metrics.jsonl").read_text().splitlines()[:done] if done else []
+    write_beside(out / "metrics.jsonl", lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
+    history, told = [json.loads(line) for line in lines], None
+    bar = tqdm(range(done + 1, args.steps + 1), initial=done, total=args.steps, desc="GRPO", unit="step",
+               dynamic_ncols=True)
+    with open(out / "metrics.jsonl", "a", encoding="utf-8") as log:
+        for step in bar:
+            first = (step - 1) * args.questions_per_step
+            chosen = [pick(questions, first + i, args.seed) for i in range(args.questions_per_step)]
+            args.rate = learning_rate(step, args)
+            metrics, groups = train_step(step, chosen, policy, reference, None if args.no_teacher else llm, tokenizer,
+                                         optimizer, known, args)
+            log.write(json.dumps(metrics) + "\n")
+            log.flush()
+            history.append(metrics)
+            bar.set_postfix(acc=f"{metrics['accuracy']:.2f}", calls=f"{metrics['call_rate']:.2f}",
+                            rho=f"{metrics['rho']:.3f}", n=f"{metrics['asked']:.1f}", len=f"{metrics['length']:.0f}")
+            if step % 20 == 0:
+                tqdm.write(f"step {step}: {tokenizer.decode(groups[0][0].tokens)}")
+            warning = watch(history) if not args.no_teacher else None
+            if warning and warning != told:
+                tqdm.write(warning)
+                told = warning
+            if step % args.save_every == 0 and step < args.steps:
+                save_checkpoint(out, step, policy, optimizer, source, args)
+    save(policy, out, source)
+    run.finish("grpo", settings(args))
+    for old in [out / "checkpoint.json", *out.glob("checkpoint-*")]:
+        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    print(f"wrote {out}; next: python eval.py --run {run.path}")
 
 
 if __name__ == "__main__":

@@ -328,7 +328,7 @@ def read_json(path):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: not found (a model directory has config.json and model.safetensors)") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as JSON ({type(error).__name__})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: a JSON object was expected")
@@ -344,7 +344,7 @@ def parse_config(raw, path):
     def number(key, default=None, kinds=(int,)):
         value = raw.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 2**31:
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 2**24:
             raise ValueError(f"{path}: {key} is {value!r}, not a positive number")
         return value
 
@@ -360,12 +360,13 @@ def parse_config(raw, path):
             raise ValueError(f"{path}: rope setting {key} is {rope.get(key)!r}, not a positive number")
     if rope["rope_type"] == "llama3" and not rope["high_freq_factor"] > rope["low_freq_factor"]:
         raise ValueError(f"{path}: high_freq_factor must exceed low_freq_factor")
-    if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or []):
-        raise ValueError(f"{path}: sliding-window attention is not supported")
+    kinds = raw.get("layer_types") or []
+    if raw.get("use_sliding_window") or not isinstance(kinds, list) or any(k != "full_attention" for k in kinds):
+        raise ValueError(f"{path}: only full attention in every layer is supported (use_sliding_window, layer_types)")
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported (supported: silu)")
     theta = raw.get("rope_theta") or rope.get("rope_theta") or 10000.0
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < 1e30:
         raise ValueError(f"{path}: rope_theta is {theta!r}, not a positive number")
     heads, hidden = number("num_attention_heads"), number("hidden_size")
     attention_bias = bool(raw.get("attention_bias", False))
@@ -378,6 +379,8 @@ def parse_config(raw, path):
         qkv_bias=attention_bias or kind == "qwen2",       # Qwen2 always has them, and its config does not say so
         o_bias=attention_bias and kind != "qwen2", mlp_bias=bool(raw.get("mlp_bias", False)),
         qk_norm=kind == "qwen3", tied=bool(raw.get("tie_word_embeddings", False)), raw=raw)
+    if config.layers > 1000:
+        raise ValueError(f"{path}: num_hidden_layers is {config.layers}")
     if config.heads % config.kv_heads or config.head_dim % 2:
         raise ValueError(f"{path}: {config.heads} heads, {config.kv_heads} key/value heads of {config.head_dim} "
                          "do not fit together")
@@ -403,7 +406,7 @@ def read_safetensors(path):
                 raise fault(f"header of {length} bytes in a file of {size}")
             try:
                 header = json.loads(file.read(length).decode("utf-8"))
-            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+            except (ValueError, RecursionError):   # not UTF-8, not JSON, or a number of thousands of digits
                 raise fault("header is not JSON") from None
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except OSError as error:
@@ -415,7 +418,7 @@ def read_safetensors(path):
     for name, entry in header.items():
         try:
             dtype, shape, (begin, end) = DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
-            whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+            whole = isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end))
         except (KeyError, TypeError, ValueError):
             raise fault(f"entry of tensor {name!r} is malformed") from None
         if dtype is None:
@@ -494,10 +497,13 @@ def load(path, device="cpu", dtype=torch.float32):
     if config.tied:
         found.pop("lm_head.weight", None)       # some checkpoints keep the copy
     found = {name: tensor for name, tensor in found.items() if not name.endswith("rotary_emb.inv_freq")}
-    with torch.device("meta"):                  # shapes only, so that a wrong file costs no memory
-        model = Transformer(config)
+    try:
+        with torch.device("meta"):              # shapes only, so that a wrong file costs no memory
+            model = Transformer(config)
+    except RuntimeError:
+        raise ValueError(f"{path / 'config.json'}: sizes that no machine can hold") from None
     wanted = checkpoint_tensors(model)
-    faults = [f"missing {n}" for n in wanted if n not in found] + [f"surplus {n}" for n in found if n not in wanted]
+    faults = [f"missing {n}" for n in wanted if n not in found] + [f"surplus {repr(n)[1:-1]}" for n in found if n not in wanted]
     faults += [f"{n} is {list(found[n].shape)}, not {list(t.shape)}" for n, t in wanted.items()
                if n in found and found[n].shape != t.shape]
     if faults:

@@ -20,10 +20,13 @@ Turns alternate for the whole batch: the SLM runs until every row waits or has e
 rows as one batch, because its steps are the dear ones. Whatever a model writes is data; nothing here raises on it.
 """
 import argparse
+import codecs
 import json
 import os
+import random
 import re
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +36,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import INSTRUCTION, Tokenizer, grade, load_questions, toy_questions
+from data import INSTRUCTION, Tokenizer, grade, toy_questions
 from model import Cache, load, read_json, write_beside
 
 COMMAND = re.compile(rb"<call>([0-9]{1,9})</call>")   # ten digits or more are no command, but text
@@ -148,7 +151,7 @@ class Reader:
         But for its last token, which each reads itself, for the logits after it.
         """
         twins = Counter(self.group)
-        new = [row for row in new if twins[self.group[row]] > 1]
+        new = [row for row in new if twins[self.group[row]] > 1 and len(self.prompts[row]) > 1]
         readers = [row for row in new if self.holder.setdefault(self.group[row], row) == row]
         goal = [len(prompt) - 1 for prompt in self.prompts]
         while unread := [row for row in readers if self.at[row] < goal[row]]:
@@ -226,8 +229,8 @@ class Row:
     """The state of one roll-out while it is written."""
 
     def __init__(self, prompt, budget, seed):
-        self.out, self.budget = Rollout(list(prompt)), budget
-        self.uniforms = np.random.default_rng(seed).random(budget)    # one for each token, whoever writes it
+        self.out, self.budget = Rollout(list(prompt), end="" if budget > 0 else "length"), budget
+        self.uniforms = np.random.default_rng(seed).random(max(budget, 0))    # one for each token, whoever writes it
         self.tail = b""      # the end of the SLM's text since the LLM's last token, where a command may stand
         self.since = 0       # index of the first token that the LLM has not been fed
         self.owed = 0        # tokens that the LLM has still to write; above 0 the row waits for it
@@ -488,3 +491,50 @@ def run_script(main):
         sys.exit(f"{Path(sys.argv[0]).name}: {error.filename or 'file system'}: {error.strerror or error}")
     except KeyboardInterrupt:
         sys.exit(f"{Path(sys.argv[0]).name}: stopped; what earlier stages wrote is kept")
+
+
+def main():
+    p = parser("Show one relay: the LLM's tokens in colour, or in [brackets] when the output is no terminal.",
+               'python relay.py "Dan buys 3 lutes and a basket for 2 coins. How many coins does Dan pay?"')
+    p.add_argument("question", nargs="?", help="default: one of the toy's")
+    args = p.parse_args()
+    run = Run(args.run)
+    if args.slm is None and "warmup" not in run.info["stages"]:
+        raise ValueError(f"{run.path} holds no trained model; run: python warmup.py --run {run.path}, or give --slm, --llm")
+    trained = next((s for s in ("grpo", "warmup") if s in run.info["stages"]), None)
+    device, dtype = machine(args)
+    slm, llm, tokenizer = load_pair(args.slm or run.path / trained, args.llm or run.directory("llm"), device, dtype)
+    text = args.question
+    if text is None:
+        text = next(toy_questions("eval", random.Random(args.seed), rare=1.0)).text if run.toy else sys.stdin.read()
+    if not text.strip():
+        raise ValueError("the question is empty")
+    if not run.toy:
+        text += "\n" + INSTRUCTION
+    print(text)
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    marks = ("\033[92m", "\033[0m") if colour else ("[", "]")
+    decoders = {writer: codecs.getincrementaldecoder("utf-8")("replace") for writer in (False, True)}
+    state = dict(by_llm=False)
+
+    def show(row, token, by_llm):
+        if by_llm != state["by_llm"]:
+            print(marks[0] if by_llm else marks[1], end="")
+        state["by_llm"] = by_llm
+        if token not in tokenizer.end_ids:        # a character of several bytes is shown when it is whole
+            print(decoders[by_llm].decode(tokenizer.token_bytes[token]), end="", flush=True)
+
+    start = time.perf_counter()
+    rollout, = relay(slm, llm, tokenizer, [tokenizer.chat(text)], seed=args.seed, on_token=show,
+                     max_new_tokens=args.max_new_tokens or (96 if run.toy else 2048),
+                     temperature=0.7 if args.temperature is None else args.temperature)
+    seconds, cost = time.perf_counter() - start, rollout.cost
+    print(marks[1] if state["by_llm"] else "")
+    again = sum(len(rollout.prompt) + call.position for call in rollout.calls if call.delivered)
+    print(f"{len(rollout.tokens)} tokens, {sum(rollout.by_llm)} by the LLM (rho {rollout.rho:.1%}) in "
+          f"{len(rollout.calls)} calls; {len(rollout.tokens) / seconds:.0f} tokens/s; the LLM read "
+          f"{cost['llm_prefill']} tokens (sending the whole context at each call: about {again})")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -7,7 +7,6 @@ import math
 import multiprocessing
 import os
 import random
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import Tokenizer, load_questions, save_toy_tokenizer, toy_questions, with_asides
-from model import Transformer, load, parse_config, save
+from model import Transformer, parse_config, save
 from relay import (Run, command, correct, entropy, load_pair, log_softmax, machine, parser, positive, run_script,
                    write_answers)
 
