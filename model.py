@@ -356,7 +356,7 @@ def parse_config(raw, path):
     if not isinstance(rope["rope_type"], str) or rope["rope_type"] not in needs:
         raise ValueError(f"{path}: rope type {rope['rope_type']!r} is not supported (supported: {', '.join(needs)})")
     for key in needs[rope["rope_type"]]:
-        if not isinstance(rope.get(key), (int, float)) or not rope[key] > 0:
+        if type(rope.get(key)) not in (int, float) or not 0 < rope[key] < 1e30:
             raise ValueError(f"{path}: rope setting {key} is {rope.get(key)!r}, not a positive number")
     if rope["rope_type"] == "llama3" and not rope["high_freq_factor"] > rope["low_freq_factor"]:
         raise ValueError(f"{path}: high_freq_factor must exceed low_freq_factor")
@@ -419,6 +419,7 @@ def read_safetensors(path):
         try:
             dtype, shape, (begin, end) = DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
             whole = isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end))
+            whole = whole and math.prod(n or 1 for n in shape) < 2**48     # zero-size tensors, too, need a sane shape
         except (KeyError, TypeError, ValueError):
             raise fault(f"entry of tensor {name!r} is malformed") from None
         if dtype is None:
@@ -471,7 +472,7 @@ def weight_files(path):
         return [path / "model.safetensors"]
     index = path / "model.safetensors.index.json"
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(n, str) and n == os.path.basename(n) for n in names.values()):
+    if not isinstance(names, dict) or not all(isinstance(n, str) and n.isprintable() and n == os.path.basename(n) for n in names.values()):
         raise ValueError(f"{index}: weight_map must map tensors to files of the same directory")
     return [path / name for name in sorted(set(names.values()))]
 

@@ -29,6 +29,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -279,7 +280,9 @@ def relay(slm, llm, tokenizer, prompts, *, max_new_tokens, temperature=0.7, seed
     batch: rows decoded at once (default: all). on_token(row, token, by_llm) sees tokens as they are written;
     progress(n) hears of n finished rows.
     """
-    seeds = [(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+    seeds = [(int(seed), i) for i in range(len(prompts))] if np.ndim(seed) == 0 else list(seed)
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
     context = min(model.config.context for model in (slm, llm) if model is not None)
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) < context:
@@ -348,7 +351,8 @@ def relay_batch(slm, llm, tokenizer, prompts, seeds, start, context, max_new_tok
 
         # The LLM's turn: all waiting rows as one batch, each until it has its tokens
         for r in live:
-            helper.feed(r, without_commands(rows[r].out.tokens[rows[r].since:], tokenizer))
+            new = rows[r].out.tokens[rows[r].since:]
+            helper.feed(r, new if router else without_commands(new, tokenizer))   # under a router nothing is a command
         turn = live
         while turn:
             order, logprobs, ids = draw(helper, turn, llm_temperature, 1.0)
@@ -374,9 +378,12 @@ def relay_batch(slm, llm, tokenizer, prompts, seeds, start, context, max_new_tok
 
 def plain_text(rollout, tokenizer):
     """The response as a reader sees it: without commands, without the end-of-text token."""
-    tokens = rollout.tokens[:-1] if rollout.end.startswith("eos") else rollout.tokens
-    pieces = b"".join(tokenizer.token_bytes[t] for t in tokens)
-    return COMMAND.sub(b"", pieces).decode("utf-8", errors="replace")
+    written = list(zip(rollout.tokens, rollout.by_llm))[:-1 if rollout.end.startswith("eos") else None]
+    text = b""
+    for by_llm, part in groupby(written, key=lambda pair: pair[1]):     # only what the SLM writes is ever a command
+        piece = b"".join(tokenizer.token_bytes[token] for token, _ in part)
+        text += piece if by_llm else COMMAND.sub(b"", piece)
+    return text.decode("utf-8", errors="replace")
 
 
 def correct(question, rollout, tokenizer):
@@ -469,7 +476,11 @@ def load_pair(slm_path, llm_path, device, dtype):
     tokenizer, other = Tokenizer(slm_path), Tokenizer(llm_path)
     if difference := tokenizer.difference(other):
         raise ValueError(f"{slm_path} and {llm_path} do not have the same tokenizer: {difference}")
-    return load(slm_path, device), load(llm_path, device, dtype), tokenizer
+    slm, llm = load(slm_path, device), load(llm_path, device, dtype)
+    for path, model in ((slm_path, slm), (llm_path, llm)):
+        if model.config.vocab_size < len(tokenizer.known):
+            raise ValueError(f"{path}: {model.config.vocab_size} embeddings for {len(tokenizer.known)} token ids")
+    return slm, llm, tokenizer
 
 
 def write_answers(slm, llm, tokenizer, questions, args, label, **options):

@@ -204,8 +204,8 @@ def arguments():
     p.add_argument("--max-n", type=positive(int), help="longest call that is shown")
     p.add_argument("--check", type=positive(int), default=500, help="questions asked before and after (500)")
     p.add_argument("--micro-tokens", type=positive(int), default=1500, help="tokens that pass the model at once")
-    p.add_argument("--slm-steps", type=positive(int), default=2200, help="toy: pretraining steps of the SLM")
-    p.add_argument("--llm-steps", type=positive(int), default=1100, help="toy: pretraining steps of the LLM")
+    p.add_argument("--slm-steps", type=positive(int), default=2600, help="toy: pretraining steps of the SLM")
+    p.add_argument("--llm-steps", type=positive(int), default=1300, help="toy: pretraining steps of the LLM")
     args = p.parse_args()
     if (args.slm is None) != (args.llm is None):
         p.error("--slm and --llm go together")

@@ -285,6 +285,15 @@ def test_weights_are_kept_in_every_dtype(dtype, tmp_path):
     assert not same.training and same(tokens_of(9, 1, 5)).isfinite().all()
 
 
+def test_attention_bias_means_the_output_too_for_llama_alone():
+    """Qwen2 has biases on q, k and v whatever its config says, and never on o."""
+    for family, changes, qkv, out in (("llama", dict(attention_bias=True), True, True), ("llama", {}, True, True),
+                                      ("llama", dict(attention_bias=False), False, False), ("qwen2", {}, True, False),
+                                      ("qwen2", dict(attention_bias=True), True, False), ("qwen3", {}, False, False)):
+        config = parse_config(raw_config(family, **changes), "c")
+        assert (config.qkv_bias, config.o_bias) == (qkv, out)
+
+
 def test_config_keys_that_we_do_not_know_survive(tmp_path):
     """A checkpoint lost its eos_token_id on the way through us."""
     raw = raw_config("qwen3", eos_token_id=[3, 4], architectures=["Qwen3ForCausalLM"], strange={"a": None})
@@ -399,6 +408,7 @@ BROKEN = {
     "hole": safetensors({"a": entry("F32", [1], 0, 4), "b": entry("F32", [1], 8, 12)}, bytes(12)),
     "hole at the start": safetensors({"a": entry("F32", [1], 4, 8)}, bytes(8)),
     "out of the file": safetensors({"a": entry("F32", [1000], 0, 4000)}, bytes(8)),
+    "too much room": safetensors({"a": entry("F32", [1], 0, 8)}, bytes(8)),
     "wrong size": safetensors({"a": entry("F32", [3], 0, 8)}, bytes(8)),
     "size that overflows": safetensors({"a": entry("F32", [2**32, 2**32], 0, 8)}, bytes(8)),
     "negative shape": safetensors({"a": entry("F32", [-1, -2], 0, 8)}, bytes(8)),
