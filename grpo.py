@@ -98,6 +98,8 @@ def update(policy, reference, optimizer, rollouts, advantage, known, args):
         return sums | dict(norm=0.0)
     for batch in micro_batches(examples, args.micro_tokens):
         part = [examples[i] for i in batch]
+        if not any(any(e.learn) for e in part):      # the LLM wrote all of these
+            continue
         with torch.no_grad():
             ref = token_logprobs(reference, part, known, args.temperature)[0]
         logprobs, entropies = token_logprobs(policy, part, known, args.temperature, entropies=True)
