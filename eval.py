@@ -108,7 +108,7 @@ def main():
     for key, value in (TOY if run.toy else PAPER).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    device, dtype = machine(args)
+    device, dtype = machine(args, run.toy)
     slm, llm, tokenizer = load_pair(args.slm or run.directory("slm"), args.llm or run.directory("llm"), device, dtype)
     trained = {name: load(run.path / name, device) for name in ("warmup", "grpo")}
     questions = (list(itertools.islice(toy_questions("eval", random.Random(f"eval {args.seed}")), args.limit)) if toy

@@ -1,6 +1,14 @@
 """Chapter 5. Stage 2: GRPO with a difficulty-aware reward.
 
-DRAFT
+For each question the model writes a group of G relay roll-outs. Each is scored, its reward is compared with the rest of
+its group (no value network), and the tokens that the SLM sampled become more or less likely:
+
+    A = (r - mean of the group) / (std of the group + 1e-6)                        GRPO, arXiv 2402.03300, section 4.1
+    loss = mean over tokens of  max(-A ratio, -A clip(ratio)) + 0.01 k3(policy, warmed-up model)
+
+What is RelayLLM's own is the reward (arXiv 2601.05167, section 4.2). It asks what the group shows about the question:
+can the SLM do it alone, only with help, or not at all? Alone it pays not to call, else it pays to call, and each
+token from the LLM costs a little. Tokens that the LLM wrote have no gradient: nobody of ours sampled them.
 """
 import itertools
 import json
@@ -271,6 +279,8 @@ def watch(history):
         return None
     if mean("call_rate") < 0.005:
         return "warning: the model has stopped calling; the warm-up was too weak, or it guesses too well"
+    if mean("call_rate") > 0.99 and mean("student_solvable") < 0.05:
+        return "warning: every answer calls, so no group shows what the model can do alone; nothing teaches it not to"
     if mean("rho") > 0.5:
         return "warning: the LLM writes more than half of the tokens; the model has collapsed into long calls"
     if mean("length") > 1.3 * history[0]["length"]:
@@ -297,7 +307,7 @@ def main():
     if not run.toy and args.questions is None:
         raise ValueError("real models need --questions FILE")
     done, folder = last_checkpoint(out, args)
-    device, frozen = machine(args)
+    device, frozen = machine(args, run.toy)
     if device == "cpu":
         print("no GPU is used: running on the CPU")
     policy, llm, tokenizer = load_pair(folder or source, args.llm or run.directory("llm"), device, frozen)

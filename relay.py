@@ -456,8 +456,10 @@ class Run:
         return self.info.get("toy", False)
 
 
-def machine(args):
+def machine(args, toy=False):
     """(device, dtype of frozen models) that --device and --dtype ask for."""
+    if toy:
+        torch.set_num_threads(1)       # the toy's matrices are too small to share: more threads only wait for each other
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -513,7 +515,7 @@ def main():
     if args.slm is None and "warmup" not in run.info["stages"]:
         raise ValueError(f"{run.path} holds no trained model; run: python warmup.py --run {run.path}, or give --slm, --llm")
     trained = next((s for s in ("grpo", "warmup") if s in run.info["stages"]), None)
-    device, dtype = machine(args)
+    device, dtype = machine(args, run.toy)
     slm, llm, tokenizer = load_pair(args.slm or run.path / trained, args.llm or run.directory("llm"), device, dtype)
     text = args.question
     if text is None:

@@ -1,6 +1,13 @@
 """Chapter 4. Stage 0 (toy only), stage 1, and what both training stages share.
 
-DRAFT
+The warm-up teaches how a call is written, not yet when (RelayLLM, arXiv 2601.05167, section 4.1). The SLM answers
+questions itself; into each answer zero to three commands are put at random places; and the SLM is fine-tuned on the
+result. Because the answers are its own, right or wrong, what it knows does not shift.
+
+    loss = - mean over answer tokens of log p(token | all before it)
+
+With no --slm and --llm the pair is the toy's, and stage 0 trains it here from scratch, a process and a core each. What
+both stages need stands first: log-probabilities of chosen tokens, micro-batches, one optimizer step.
 """
 import itertools
 import math
@@ -228,7 +235,7 @@ def main():
     run = Run(args.run)
     if (run.path / "warmup" / "config.json").exists() and "warmup" in run.info["stages"]:
         raise ValueError(f"{run.path} already holds a warm-up; choose another --run, or delete {run.path / 'warmup'}")
-    device, frozen = machine(args)
+    device, frozen = machine(args, args.toy)
     if args.toy:
         pretrain_pair(run, args)
     else:
