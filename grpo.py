@@ -12,6 +12,7 @@ token from the LLM costs a little. Tokens that the LLM wrote have no gradient: n
 """
 import itertools
 import json
+import math
 import random
 import shutil
 import time
@@ -87,9 +88,9 @@ def k3(logprobs, ref_logprobs):
 # ---------------------------------------------------------------------------------------------------------------------
 # One step: roll-outs, rewards, updates
 
-def examples_of(rollouts, llm_tokens=False):
+def examples_of(rollouts):
     """What the learner sees of roll-outs: the loss is on the tokens that the SLM sampled, and on no others."""
-    return [Example(r.prompt + r.tokens, [False] * len(r.prompt) + [llm_tokens or not b for b in r.by_llm])
+    return [Example(r.prompt + r.tokens, [False] * len(r.prompt) + [not b for b in r.by_llm])
             for r in rollouts]
 
 
@@ -149,7 +150,7 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
     prompts = [tokenizer.chat(q.text) for q in questions for _ in range(args.group)]
     seeds = [(args.seed, step, q, g) for q in range(len(questions)) for g in range(args.group)]
     flat = relay(policy, llm, tokenizer, prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                 llm_temperature=args.llm_temperature, seed=seeds, batch=args.batch, no_calls=llm is None)
+                 llm_temperature=args.llm_temperature, seed=seeds, batch=args.batch)
     groups = [flat[i:i + args.group] for i in range(0, len(flat), args.group)]       # by index, never by text
     right = torch.tensor([[correct(q, r, tokenizer) for r in group] for q, group in zip(questions, groups)])
     called = torch.tensor([[any(r.by_llm) for r in group] for group in groups])
@@ -336,7 +337,8 @@ def main():
             args.rate = learning_rate(step, args)
             metrics, groups = train_step(step, chosen, policy, reference, None if args.no_teacher else llm, tokenizer,
                                          optimizer, known, args)
-            log.write(json.dumps(metrics) + "\n")
+            metrics = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+            log.write(json.dumps(metrics) + "\n")     # NaN is not JSON
             log.flush()
             history.append(metrics)
             bar.set_postfix(acc=f"{metrics['accuracy']:.2f}", calls=f"{metrics['call_rate']:.2f}",

@@ -1,4 +1,5 @@
 """GRPO: the reward table, advantages, the loss, and what one update does."""
+import copy
 import itertools
 import random
 from types import SimpleNamespace
@@ -6,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import grpo
+from conftest import ByteTokenizer, tiny
 from data import Tokenizer, save_toy_tokenizer, toy_questions
 from grpo import advantages, examples_of, k3, last_checkpoint, policy_loss, rewards, save_checkpoint, simple_rewards, update
 from model import Transformer, parse_config
-from relay import command, entropy, log_softmax, relay
+from relay import Call, Rollout, command, entropy, log_softmax, relay
 from warmup import adamw, token_logprobs
 
 
@@ -186,3 +189,256 @@ def test_a_checkpoint_with_other_settings_is_refused(toy, tmp_path):
 def test_a_command_is_the_text_of_the_paper():
     """The released warm-up builder writes it without the number."""
     assert command(12) == "<call>12</call>"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exhaustive, and by hand
+
+def test_the_reward_table_holds_in_every_group_of_four():
+    """All 256 groups at once, against the table written as ifs: a batch-wide flag would fail nearly all of them."""
+    groups = list(itertools.product(itertools.product((False, True), repeat=4), repeat=2))
+    rho = [0.1, 0.2, 0.3, 0.4]
+    got = rewards([right for right, _ in groups], [called for _, called in groups],
+                  torch.tensor([[r if c else 0.0 for r, c in zip(rho, called)] for _, called in groups]))
+    for (right, called), row in zip(groups, got.tolist()):
+        alone = any(r and not c for r, c in zip(right, called))
+        for r, c, share, reward in zip(right, called, rho, row):
+            if r:
+                want = 1 - share if c else 1.5
+            elif alone:
+                want = 0
+            elif any(right):
+                want = 0 if c else -1
+            else:
+                want = share if c else 0
+            assert reward == pytest.approx(want), (right, called)
+    assert rewards([True], [False], [0.0], solo=1.0).tolist() == [1.0]
+
+
+def test_advantages_by_hand_for_two_groups_at_once():
+    """(2, 0, 1, 1): mean 1, unbiased std sqrt(2/3); a biased std gives 1.414. (4, 4, 4, 0): mean 3, std 2."""
+    got = advantages(torch.tensor([[2.0, 0.0, 1.0, 1.0], [4.0, 4.0, 4.0, 0.0]]))
+    assert got[0].tolist() == pytest.approx([1.224745, -1.224745, 0, 0], abs=1e-4)
+    assert got[1].tolist() == pytest.approx([0.5, 0.5, 0.5, -1.5], abs=1e-4)
+    assert advantages(torch.tensor([[2.0, 0.0]]), scale=False).tolist() == [[1.0, -1.0]]
+    assert advantages(torch.tensor([[0.7], [0.3]])).tolist() == [[0.0], [0.0]]       # groups of one
+
+
+def test_a_clipped_token_has_no_gradient_and_one_that_loses_keeps_it():
+    """A clip that also stops a token from being pulled back lets the policy run away."""
+    ratio = torch.tensor([1.4, 1.25, 0.7, 0.7, 1.4, 2.9, 3.1])
+    logprobs = ratio.log().requires_grad_()
+    advantage = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0, -1.0])
+    policy_loss(logprobs, torch.zeros(7), advantage)[0].sum().backward()
+    assert logprobs.grad.tolist() == pytest.approx([0, -1.25, -0.7, 0, 1.4, 2.9, 0])
+    assert (k3(torch.linspace(-30, 0, 50), torch.full((50,), -9.0)) >= 0).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A step, with roll-outs that are made up
+
+def made_up(right, delivered, asked=0, tokens=10):
+    """A roll-out of `tokens` tokens, `delivered` of them by the LLM; its last token says whether it is right."""
+    by_llm = [i < delivered for i in range(tokens - 1)] + [False]
+    calls = [Call(0, asked, delivered)] if asked else []
+    return Rollout([1], [5] * (tokens - 1) + [int(right)], by_llm, [-1.0] * tokens, calls, "eos")
+
+
+def played(monkeypatch, groups, **changes):
+    """train_step on groups of made-up roll-outs of one and the same question: (metrics, what update() was given)."""
+    seen = []
+
+    def note(policy, reference, optimizer, rollouts, advantage, known, args):
+        seen.append((rollouts, advantage.tolist(), [list(r.logprobs) for r in rollouts]))
+        return dict(tokens=1, loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, drift=0.0, norm=0.0)
+
+    monkeypatch.setattr(grpo, "relay", lambda *args, **options: [r for group in groups for r in group])
+    monkeypatch.setattr(grpo, "correct", lambda question, rollout, tokenizer: bool(rollout.tokens[-1]))
+    monkeypatch.setattr(grpo, "update", note)
+    args = settings(**dict(dict(group=len(groups[0]), seed=0, max_new_tokens=9, llm_temperature=0.7, batch=None,
+                                reward="difficulty", updates=1, skip_equal=False), **changes))
+    questions = [SimpleNamespace(text="the same text")] * len(groups)
+    tokenizer = SimpleNamespace(chat=lambda text: [1])
+    return grpo.train_step(1, questions, None, None, object(), tokenizer, None, None, args)[0], seen
+
+
+def test_rho_and_calls_count_what_was_delivered_and_not_what_was_asked(monkeypatch):
+    """A call of 9,000 cut to one token is a call of one; one that delivered nothing is none, and earns the 1.5."""
+    metrics, _ = played(monkeypatch, [[made_up(True, 0, asked=9000), made_up(True, 2, asked=9000)]])
+    assert metrics["reward"] == pytest.approx((1.5 + 0.8) / 2)
+    assert metrics["call_rate"] == 0.5 and metrics["rho"] == pytest.approx(0.1) and metrics["asked"] == 9000
+    metrics, _ = played(monkeypatch, [[made_up(False, 0, asked=5), made_up(True, 1, asked=5)]])
+    assert metrics["reward"] == pytest.approx((-1 + 0.9) / 2)          # asked in vain: it should have asked
+    metrics, _ = played(monkeypatch, [[made_up(True, 3, asked=3), made_up(False, 5, asked=5)]], reward="simple")
+    assert metrics["reward"] == pytest.approx((1 - 0.3 - 0.5) / 2)
+
+
+def test_two_groups_of_one_and_the_same_question_stay_apart(monkeypatch):
+    """Groups kept by prompt text melt together when a question comes twice in a step."""
+    groups = [[made_up(True, 0), made_up(False, 0)], [made_up(True, 5, asked=5), made_up(False, 0)]]
+    metrics, seen = played(monkeypatch, groups)
+    assert metrics["reward"] == pytest.approx((1.5 + 0 + 0.5 - 1) / 4)
+    assert metrics["student_solvable"] == metrics["teacher_dependent"] == 0.5 and metrics["teacher_unsolvable"] == 0
+    (rollouts, advantage, _), = seen
+    assert all(a is b for a, b in zip(rollouts, groups[0] + groups[1]))
+    assert advantage == pytest.approx([0.70711, -0.70711] * 2, abs=1e-4)
+
+
+def test_the_updates_of_a_step_share_its_groups_among_them(monkeypatch):
+    """Each whole group in exactly one update, with its own advantages and the log-probabilities of sampling."""
+    groups = [[made_up(True, k % 3, asked=1), made_up(k % 2 == 0, 0), made_up(False, 1, asked=1)] for k in range(5)]
+    _, seen = played(monkeypatch, groups, updates=2)
+    assert [len(rollouts) for rollouts, _, _ in seen] == [9, 6]
+    given = [r for rollouts, _, _ in seen for r in rollouts]
+    assert sorted(map(id, given)) == sorted(id(r) for group in groups for r in group)
+    for rollouts, advantage, logprobs in seen:
+        for k in range(0, len(rollouts), 3):
+            assert any(all(a is b for a, b in zip(rollouts[k:k + 3], group)) for group in groups)
+            assert sum(advantage[k:k + 3]) == pytest.approx(0, abs=1e-5)
+            assert logprobs[k] == [-1.0] * 10
+
+
+def test_groups_of_equal_rewards_are_skipped_only_where_that_is_asked_for(monkeypatch):
+    """They carry no policy gradient, but they count in the loss's denominator and in the KL."""
+    groups = [[made_up(True, 0), made_up(True, 0)], [made_up(True, 0), made_up(False, 0)]]
+    metrics, seen = played(monkeypatch, groups, skip_equal=True)
+    assert len(seen) == 1 and len(seen[0][0]) == 2 and metrics["equal_groups"] == 0.5
+    assert len(played(monkeypatch, groups)[1][0][0]) == 4
+    assert played(monkeypatch, groups[:1], skip_equal=True)[1] == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Roll-outs whose commands are obeyed: a tokenizer of six letters in which a command is one token
+
+@pytest.fixture(scope="module")
+def letters():
+    """(tokenizer, policy, reference, LLM, roll-outs): float64, and all hand-offs come from commands."""
+    tokenizer = ByteTokenizer(b"<call>2</call>", b"<call>3</call>b", only=b"abcdef", unknown=3)
+    make = lambda seed: tiny("qwen3", seed, vocab_size=len(tokenizer.known) + 5)
+    policy, reference, llm = make(1), make(2), make(3)
+    with torch.no_grad():
+        for model in (policy, reference, llm):
+            model.embed.weight.mul_(0.3)
+    prompts = [[97 + i % 6] * (1 + i % 4) for i in range(12)]
+    return tokenizer, policy, reference, llm, relay(policy, llm, tokenizer, prompts, max_new_tokens=12, seed=5,
+                                                    temperature=1.0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("batch", [None, 5])
+def test_the_learner_recomputes_what_the_sampler_stored_through_commands(letters, temperature, batch):
+    """In float32: a hand-off that shifts a position, a padded id with probability, a temperature on one side only."""
+    tokenizer = letters[0]
+    policy, llm = (copy.deepcopy(model).float() for model in (letters[1], letters[3]))
+    prompts = [r.prompt for r in letters[4]]
+    rollouts = relay(policy, llm, tokenizer, prompts, max_new_tokens=16, temperature=temperature, seed=9, batch=batch)
+    assert sum(call.delivered > 0 for r in rollouts for call in r.calls) >= 4
+    assert len({len(r.tokens) for r in rollouts}) > 3
+    with torch.no_grad():
+        learner, _ = token_logprobs(policy, examples_of(rollouts), torch.tensor(tokenizer.known), temperature)
+    sampler = torch.tensor([lp for r in rollouts for lp, b in zip(r.logprobs, r.by_llm) if not b])
+    assert len(learner) == len(sampler) and (learner - sampler).abs().max() < 1e-5
+
+
+def test_commands_and_the_own_end_of_text_are_learned_and_the_llms_are_not(letters):
+    """An end-of-text token lost from the loss is a model that never learns to stop."""
+    tokenizer, rollouts = letters[0], letters[4]
+    kinds = set()
+    for r, e in zip(rollouts, examples_of(rollouts)):
+        assert e.tokens == r.prompt + r.tokens and e.learn == [False] * len(r.prompt) + [not b for b in r.by_llm]
+        kinds.add(r.end)
+        if r.end == "eos":
+            assert e.tokens[-1] == tokenizer.end_id and e.learn[-1]
+        for call in r.calls:
+            assert e.learn[len(r.prompt) + call.position - 1]          # the command's own token
+            assert not any(e.learn[len(r.prompt) + call.position:][:call.delivered])
+    assert "eos" in kinds
+
+
+def stepped(letters, rollouts=None, advantage=None, **changes):
+    """(gradient of one update as a list of tensors, its sums). The gradient is not clipped away: rate 1, SGD."""
+    tokenizer, policy, reference, _, own = letters
+    policy, rollouts = copy.deepcopy(policy), own if rollouts is None else rollouts
+    before = [p.detach().clone() for p in policy.parameters()]
+    advantage = torch.linspace(-2, 1.5, len(rollouts)) if advantage is None else advantage
+    sums = update(policy, reference, torch.optim.SGD(policy.parameters(), lr=1.0), rollouts, advantage,
+                  torch.tensor(tokenizer.known), settings(rate=1.0, kl=0.5, **changes))
+    scale = max(1.0, sums["norm"] + 1e-6)                              # undo the clip to norm 1 (torch adds 1e-6)
+    return [(b - p.detach()) * scale for b, p in zip(before, policy.parameters())], sums
+
+
+def test_the_gradient_of_an_update_is_that_of_the_formula_token_by_token(letters):
+    """Mean over the SLM's tokens of -A + 0.5 k3, written as loops over single sequences, in float64."""
+    tokenizer, policy, reference, _, rollouts = letters
+    policy, advantage, n = copy.deepcopy(policy), torch.linspace(-2, 1.5, len(rollouts)), len(tokenizer.known)
+    terms = []
+    for a, r in zip(advantage.tolist(), rollouts):
+        ids = torch.tensor([r.prompt + r.tokens])
+        ours, theirs = (m(ids)[0, :, :n].masked_fill(~torch.tensor(tokenizer.known), -torch.inf).log_softmax(-1)
+                        for m in (policy, reference))
+        for i, (token, by_llm) in enumerate(zip(r.tokens, r.by_llm), len(r.prompt) - 1):
+            if not by_llm:
+                lp, ref = ours[i, token], theirs[i, token].detach()
+                terms.append(-a * (lp - lp.detach()).exp() + 0.5 * ((ref - lp).exp() - (ref - lp) - 1))
+    torch.stack(terms).mean().backward()
+    got, sums = stepped(letters)
+    assert sums["tokens"] == len(terms) and sums["loss"] == pytest.approx(torch.stack(terms).mean().item())
+    for a, p in zip(got, policy.parameters()):
+        assert torch.allclose(a, p.grad, rtol=0, atol=1e-7)
+
+
+def test_micro_batches_more_padding_and_order_leave_the_gradient_as_it_is(letters):
+    """A long row of the LLM's tokens only pads all others (or is a micro-batch with nothing to learn)."""
+    rollouts, advantage = letters[4], torch.linspace(-2, 1.5, len(letters[4]))
+    whole, sums = stepped(letters)
+    padding = Rollout([97] * 30, [98] * 30, [True] * 30, [0.0] * 30)
+    wide = torch.cat([advantage, torch.tensor([9.0])])
+    order = list(reversed(range(len(rollouts))))
+    for other, more in (stepped(letters, micro_tokens=1), stepped(letters, micro_tokens=40),
+                        stepped(letters, rollouts + [padding], wide), stepped(letters, rollouts + [padding], wide, micro_tokens=1),
+                        stepped(letters, [rollouts[i] for i in order], advantage[order])):
+        assert more["tokens"] == sums["tokens"] and more["loss"] == pytest.approx(sums["loss"])
+        for a, b in zip(other, whole):
+            assert torch.allclose(a, b, rtol=0, atol=1e-9)
+
+
+def test_the_old_log_probabilities_stay_those_of_sampling(letters):
+    """Recomputed before each update they would make every ratio 1, and the clip would never hold anything back."""
+    tokenizer, policy, reference, _, rollouts = letters
+    policy, known = copy.deepcopy(policy), torch.tensor(tokenizer.known)
+    stored = [list(r.logprobs) for r in rollouts]
+    optimizer = adamw(policy, 0.03)
+    for k in range(3):
+        with torch.no_grad():
+            now = token_logprobs(policy, examples_of(rollouts), known)[0]
+        sampled = torch.tensor([lp for r in rollouts for lp, b in zip(r.logprobs, r.by_llm) if not b])
+        sums = update(policy, reference, optimizer, rollouts, torch.ones(len(rollouts)), known, settings(rate=0.03))
+        assert sums["drift"] == pytest.approx((now - sampled).abs().max().item(), abs=1e-6)
+        assert (sums["drift"] > 0.05) == (sums["clipped"] > 0) == (k > 0)
+    assert stored == [r.logprobs for r in rollouts]
+
+
+def test_without_tokens_of_the_slm_the_optimizer_is_not_touched(letters):
+    """AdamW's averages and step count move even at a gradient of zero."""
+    tokenizer, policy, reference, _, _ = letters
+    optimizer = adamw(policy, 1.0)
+    optimizer.step = optimizer.zero_grad = lambda *args, **options: pytest.fail("the optimizer was used")
+    sums = update(policy, reference, optimizer, [Rollout([97], [98, 99], [True, True], [0.0, 0.0])], torch.ones(1),
+                  torch.tensor(tokenizer.known), settings())
+    assert sums["tokens"] == 0 and sums["norm"] == 0
+
+
+def test_every_pass_over_the_pool_asks_every_question_once():
+    """Drawing with replacement leaves a third of the pool unasked; the same order each time is learnt by heart."""
+    pool = [f"question {i}" for i in range(13)]
+    passes = [[grpo.pick(pool, 13 * k + i, 1) for i in range(13)] for k in range(3)]
+    assert all(sorted(p) == sorted(pool) for p in passes) and len({tuple(p) for p in passes}) == 3
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0, 0.0])
+def test_a_huge_log_ratio_leaves_the_gradient_finite(advantage):
+    """The clip holds the loss, but the slope of an exp that overflowed is 0 * inf, NaN."""
+    logprobs = torch.tensor([200.0, -200.0, 0.0], requires_grad=True)
+    loss, _ = policy_loss(logprobs, torch.zeros(3), torch.full((3,), advantage))
+    (loss + k3(logprobs, torch.zeros(3))).sum().backward()
+    assert loss.isfinite().all() and logprobs.grad.isfinite().all()

@@ -1,129 +1,404 @@
-"""The toy's data, the warm-up's commands, and what both training stages share."""
+"""Tests of warmup.py, and of the toy in data.py: commands in answers, batches, log-probabilities, one optimizer step."""
 import itertools
+import os
 import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from data import FACT, UNSEEN, Tokenizer, grade, save_toy_tokenizer, toy_questions, with_asides
-from relay import COMMAND, log_softmax, without_commands
+import warmup
+from data import (COMMON, COMMON_SETS, FACT, GPT2_SPLIT, PEOPLE, RARE, RARE_SETS, UNKNOWN, UNSEEN, Tokenizer, regex,
+                  save_toy_tokenizer, toy_questions, with_asides)
+from model import Transformer, parse_config
+from relay import COMMAND, Rollout, command, correct, without_commands
 from warmup import Example, adamw, apply_gradient, insert_commands, micro_batches, supervised_step, token_logprobs
-from conftest import tiny
+
+KNOWN = torch.tensor([True] * 20 + [False] + [True] * 9)       # 30 ids, one of which nobody has; the model has 37
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("toy")
-    save_toy_tokenizer(folder)
-    return Tokenizer(folder)
+@pytest.fixture(scope="session")
+def toy_directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("toy")
+    save_toy_tokenizer(path)
+    return path
 
 
-def questions(split, seed, n, **options):
+@pytest.fixture(scope="session")
+def tokenizer(toy_directory):
+    return Tokenizer(toy_directory)
+
+
+def small(seed=0, tied=True):
+    """A tiny random model in float64, large embeddings so that its probabilities are far from uniform."""
+    raw = dict(model_type="qwen3", vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+               num_attention_heads=2, num_key_value_heads=1, head_dim=8, tie_word_embeddings=tied)
+    model = Transformer(parse_config(raw, "tiny")).double().initialize(seed)
+    with torch.no_grad():
+        model.embed.weight.mul_(10)
+    return model
+
+
+def ragged(lengths, seed=0):
+    """Examples of these lengths, about half of their tokens to be learned, the first never."""
+    rng = random.Random(seed)
+    return [Example([rng.randrange(20) for _ in range(n)], [False] + [rng.random() < 0.5 for _ in range(n - 1)])
+            for n in lengths]
+
+
+def some_questions(split="train", n=400, seed=0, **options):
     return list(itertools.islice(toy_questions(split, random.Random(seed), **options), n))
 
 
-@pytest.mark.parametrize("seeds", list(itertools.product((1, 2, 3), repeat=2)))
-def test_training_and_evaluation_questions_are_disjoint_for_every_pair_of_seeds(seeds):
-    """The question space is small: without a split by text, a fresh seed meets old questions."""
-    train = {q.text for q in questions("train", seeds[0], 1500)}
-    assert not train & {q.text for split in ("eval", "held_out") for q in questions(split, seeds[1], 300)}
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands in an answer
+
+def placed(answer, tokenizer, rng, max_n):
+    """[(gap in the answer, n)] of the commands that insert_commands put into it, in order."""
+    out, found, at, gap = insert_commands(answer, tokenizer, rng, max_n), [], 0, 0
+    while at < len(out):
+        rest = b"".join(tokenizer.token_bytes[t] for t in out[at:at + 30])
+        if match := COMMAND.match(rest):
+            ids = tokenizer.encode(match[0].decode())
+            assert out[at:at + len(ids)] == ids                # written as the tokenizer writes it
+            found.append((gap, int(match[1])))
+            at += len(ids)
+        else:
+            assert out[at] == answer[gap]                      # between commands: the answer, token by token
+            at, gap = at + 1, gap + 1
+    assert gap == len(answer)
+    return found
 
 
-def test_training_names_no_unseen_fact():
-    """Else the row `unseen` of the table says nothing."""
-    assert not any(q.kind == "unseen" or any(item in q.text for item in UNSEEN)
-                   for q in questions("train", 0, 3000, unseen=False))
-    assert any(q.kind == "unseen" for q in questions("eval", 0, 300))
+def own_answer(tokenizer):
+    return tokenizer.encode(some_questions(n=1)[0].solution) + [tokenizer.end_id]
 
 
-def test_only_rare_facts_are_made_up():
-    """A corpus that is unreliable on common things, too, leaves an SLM that knows nothing."""
-    def facts(kinds, unreliable):
-        return {q.text: q.answer for q in questions("train", 5, 3000, unreliable=unreliable) if (q.kind == "common") in kinds}
-    told, true = facts((True,), True), facts((True,), False)
-    assert all(true[text] == told[text] for text in set(true) & set(told)) and set(true) & set(told)
-    made_up = [q for q in questions("train", 5, 500, rare=1.0, unreliable=True)]
-    wrong = sum(not any(q.fact == "".join(f" {n}" for n in fact) for item, fact in FACT.items() if f" {item}" in q.text)
-                for q in made_up)
-    assert wrong > 0.8 * len(made_up)
+def test_an_answer_gets_zero_to_three_commands_equally_often(tokenizer):
+    """Without the answers that hold none the model learns to call always."""
+    rng, answer = random.Random(0), own_answer(tokenizer)
+    counts = [len(placed(answer, tokenizer, rng, 9)) for _ in range(2000)]
+    for k in range(4):
+        assert counts.count(k) / 2000 == pytest.approx(0.25, abs=0.04)
+    assert set(counts) == {0, 1, 2, 3}
 
 
-def test_a_worked_solution_grades_as_right():
-    """Arithmetic and grader agree on every form of question."""
-    assert all(grade(q.solution, q.answer) and q.solution.endswith(f"\\boxed{{{q.answer}}}")
-               for q in questions("train", 9, 1000))
+def test_commands_stand_at_distinct_gaps_from_the_start_up_to_the_end_of_text(tokenizer):
+    """Two commands side by side, or one behind the end-of-text token, would be learnt and never come up."""
+    rng, answer = random.Random(1), own_answer(tokenizer)
+    gaps = [[gap for gap, _ in placed(answer, tokenizer, rng, 9)] for _ in range(1500)]
+    assert all(len(set(g)) == len(g) for g in gaps)
+    assert set(itertools.chain(*gaps)) == set(range(len(answer)))      # gap 0: before all; the last: before the end
 
 
-def test_every_word_of_the_toy_is_one_token(tokenizer):
-    """A fact is then as many tokens as it has numbers."""
-    for q in questions("eval", 2, 200):
-        assert len(tokenizer.encode(q.fact)) == len(q.fact.split())
-        assert len(tokenizer.encode(q.solution)) < 1.6 * len(q.solution.split())
-        assert tokenizer.decode(tokenizer.encode(q.solution)) == q.solution
+def test_a_command_asks_for_one_token_to_as_many_as_are_left(tokenizer):
+    """n beyond the answer's end teaches lengths that nothing can fill; <call>0</call> asks for nothing."""
+    rng, answer = random.Random(2), own_answer(tokenizer)
+    asked = [(gap, n) for _ in range(1500) for gap, n in placed(answer, tokenizer, rng, 9)]
+    assert all(1 <= n <= min(9, len(answer) - gap) for gap, n in asked)
+    assert {n for _, n in asked} == set(range(1, 10))
+    assert all(n == 1 for gap, n in asked if gap == len(answer) - 1)
 
 
-def test_an_aside_is_learned_but_for_its_first_token(tokenizer):
-    """Nothing tells where an aside stands; what follows its opening can be told."""
-    text = tokenizer.encode("Let us see what Ann pays.")
-    ids, learn = with_asides(text, tokenizer, random.Random(1), 1.0)
-    assert len(ids) == len(learn) > len(text)
-    assert {tokenizer.decode([i]) for i, known in zip(ids, learn) if not known} == {"<"}
-    assert with_asides(text, tokenizer, random.Random(1), 0.0) == (text, [True] * len(text))
+def test_lengths_are_one_digit_times_a_power_of_ten_up_to_max_n(tokenizer):
+    """d * 10^k spreads the lengths over their orders of magnitude: a uniform n would never show a short call."""
+    rng, answer = random.Random(3), [tokenizer.encode(" a")[0]] * 9000
+    asked = [n for _ in range(150) for at, n in ((m.start(), int(m[1])) for m in COMMAND.finditer(b"".join(
+        tokenizer.token_bytes[t] for t in insert_commands(answer, tokenizer, rng, 9000))))]
+    cut = [n for n in asked if str(n).strip("0") not in "123456789"]   # by the end of the answer
+    assert {len(str(n)) for n in asked} == {1, 2, 3, 4} and max(asked) <= 9000
+    assert len(cut) < 0.25 * len(asked) and all(n >= 10 for n in cut)
+    assert max(n for _ in range(150) for _, n in placed(answer[:90], tokenizer, rng, 50)) == 50
 
 
-@pytest.mark.parametrize("max_n", [9, 90, 9000])
-def test_commands_go_between_tokens_and_ask_for_no_more_than_is_left(tokenizer, max_n):
-    """Cut out again, the answer is what the model wrote."""
-    answer, rng, seen = tokenizer.encode("One lute costs 7 coins. So 2 cost 2 * 7 = 14 coins.") + [tokenizer.end_id], \
-        random.Random(0), set()
-    for _ in range(300):
-        out = insert_commands(answer, tokenizer, rng, max_n)
-        assert without_commands(out, tokenizer) == answer
-        text = b"".join(tokenizer.token_bytes[t] for t in out)
-        asked = [int(m[1]) for m in COMMAND.finditer(text)]
-        assert all(1 <= n <= min(max_n, len(answer)) for n in asked)
-        seen.add(len(asked))
-    assert seen == {0, 1, 2, 3}
+def test_an_answer_without_its_commands_is_the_answer(tokenizer):
+    """The same cut that the LLM's context gets must give back the very tokens."""
+    rng = random.Random(4)
+    for question in some_questions(n=100):
+        answer = tokenizer.encode(question.solution) + [tokenizer.end_id]
+        assert without_commands(insert_commands(answer, tokenizer, rng, 9), tokenizer) == answer
+    assert insert_commands([], tokenizer, rng, 9) == []
 
 
-def test_micro_batches_hold_every_example_once_within_the_limit():
-    """A lost example is a lost gradient."""
-    examples = [Example([0] * n, [True] * n) for n in random.Random(0).choices(range(1, 50), k=40)]
-    batches = micro_batches(examples, 100)
-    assert sorted(i for batch in batches for i in batch) == list(range(40))
-    assert all(len(b) * max(len(examples[i].tokens) for i in b) <= 100 for b in batches)
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches, log-probabilities, one step
+
+@pytest.mark.parametrize("most", [1, 20, 64, 10**6])
+def test_micro_batches_hold_every_example_once_within_the_limit(most):
+    """Padding counts: a limit on the sum of lengths lets one long example blow up the batch."""
+    examples = ragged([random.Random(most).randint(1, 30) for _ in range(50)] + [30, 1])
+    batches = micro_batches(examples, most)
+    assert sorted(itertools.chain(*batches)) == list(range(52))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(len(examples[i].tokens) for i in batch) <= most
+    assert micro_batches([], most) == []
 
 
-@pytest.mark.parametrize("chunk", [2048, 3])
-def test_log_probabilities_in_chunks_equal_the_plain_softmax(chunk):
-    """Gradients too: the head is computed again in the backward pass."""
-    model, known = tiny("qwen3"), torch.ones(40, dtype=torch.bool)
-    examples = [Example([1, 2, 3, 4, 5, 6], [False, True, False, True, True, True]), Example([7, 8, 9], [False, False, True])]
-    got, _ = token_logprobs(model, examples, known, 0.7, chunk=chunk)
-    got.sum().backward()
-    gradient = model.embed.weight.grad.clone()
-    model.zero_grad()
-    want = torch.cat([torch.stack([log_softmax(model(torch.tensor([e.tokens]))[0, i - 1], known, 0.7)[e.tokens[i]]
-                                   for i, learned in enumerate(e.learn) if learned]) for e in examples])
-    want.sum().backward()
-    assert torch.allclose(got, want) and torch.allclose(gradient, model.embed.weight.grad)
+def naive(model, examples, known, temperature):
+    """The same log-probabilities the plain way: one example at a time, all logits, the whole vocabulary."""
+    out = []
+    for e in examples:
+        logits = model(torch.tensor([e.tokens]))[0, :-1].clone()
+        refused = torch.cat([~known, torch.ones(logits.shape[-1] - len(known), dtype=torch.bool)])
+        logprobs = (logits.masked_fill(refused, -torch.inf) / temperature).log_softmax(-1)
+        out += [logprobs[i - 1, t] for i, t in enumerate(e.tokens) if e.learn[i]]
+    return torch.stack(out)
 
 
-def test_a_supervised_step_does_not_depend_on_the_micro_batches():
-    """The mean is over the tokens of the whole update."""
-    after = []
-    for most in (1000, 7):
-        model = tiny("qwen3")
-        examples = [Example(list(range(1, n)), [False] + [True] * (n - 2)) for n in (4, 7, 12)]
-        supervised_step(model, adamw(model, 1e-3), examples, torch.ones(40, dtype=torch.bool), 1e-3, most)
-        after.append(model.embed.weight.detach())
-    assert torch.allclose(after[0], after[1], atol=1e-9)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("chunk", [1, 7, 2048])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities_and_gradients_are_those_of_a_plain_softmax(chunk, temperature, tied):
+    """Off by one position, padding that leaks in, padded ids with probability, or a chunk whose gradient is lost."""
+    model, examples = small(tied=tied), ragged([9, 2, 14, 5])
+    weight = torch.linspace(-1, 2, sum(sum(e.learn) for e in examples), dtype=torch.float64)
+    results = []
+    for logprobs in (token_logprobs(model, examples, KNOWN, temperature, chunk=chunk)[0],
+                     naive(model, examples, KNOWN, temperature)):
+        model.zero_grad()
+        (logprobs * weight).sum().backward()
+        results.append([logprobs.detach()] + [p.grad.clone() for p in model.parameters()])
+    assert len(results[0][0]) == len(weight) > chunk or chunk == 2048
+    for ours, plain in zip(*results):
+        assert torch.allclose(ours, plain, rtol=0, atol=1e-10)
 
 
-def test_a_gradient_that_is_not_finite_takes_no_step():
-    """One NaN would end the run for good."""
-    model = tiny("qwen3")
-    before = model.embed.weight.detach().clone()
-    model.embed.weight.grad = torch.full_like(model.embed.weight, float("nan"))
-    apply_gradient(model, adamw(model, 1.0), 1.0)
-    assert torch.equal(before, model.embed.weight)
+def test_entropies_are_those_of_the_distribution_at_each_learned_token():
+    """0 * -inf of an id that nobody has is NaN; and the entropy must carry no gradient."""
+    model, examples = small(), ragged([6, 10])
+    _, entropies = token_logprobs(model, examples, KNOWN, entropies=True, chunk=3)
+    expected = []
+    for e in examples:
+        probs = model(torch.tensor([e.tokens]))[0, :-1, :len(KNOWN)].masked_fill(~KNOWN, -torch.inf).softmax(-1)
+        expected += [torch.special.entr(probs[i - 1]).sum() for i in range(1, len(e.tokens)) if e.learn[i]]
+    assert torch.allclose(entropies, torch.stack(expected)) and not entropies.requires_grad
+
+
+def test_the_supervised_step_does_not_depend_on_the_micro_batches():
+    """A mean of means weighs the tokens of a short micro-batch more; and more padding must change nothing."""
+    results = []
+    for most in (1, 25, 10**6):
+        model = small()
+        loss, total = supervised_step(model, torch.optim.SGD(model.parameters(), lr=1.0), ragged([9, 2, 14, 5, 5, 12]),
+                                      KNOWN, 1.0, most)
+        results.append([torch.tensor([loss, total], dtype=torch.float64), *model.parameters()])
+    for split in results[:2]:
+        for a, b in zip(split, results[2]):
+            assert torch.allclose(a, b, rtol=0, atol=1e-10)
+    start = small()
+    expected = -naive(start, ragged([9, 2, 14, 5, 5, 12]), KNOWN, 1.0).mean().item()
+    assert results[2][0][0].item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_takes_no_step(bad):
+    """One overflow would turn every weight, and AdamW's averages for good, into NaN."""
+    model = small()
+    optimizer = adamw(model, 1.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    model.norm.weight.grad[0] = bad
+    assert not torch.tensor(apply_gradient(model, optimizer, 1.0)).isfinite()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    assert not optimizer.state and all(p.grad is None for p in model.parameters())
+
+
+def test_a_step_has_the_gradient_clipped_and_returns_the_norm_before():
+    """The logged norm must show what the clip hides."""
+    model = small()
+    before = torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    norm = apply_gradient(model, torch.optim.SGD(model.parameters(), lr=9.0), lr=0.5)
+    moved = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+    assert norm == pytest.approx(len(before) ** 0.5)
+    assert moved.norm().item() == pytest.approx(0.5, rel=1e-4)     # the rate given, times a gradient of norm 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the two supervised stages learn from
+
+@pytest.fixture
+def seen(monkeypatch):
+    """All examples that a stage hands to supervised_step, which does nothing but note them and their rates."""
+    seen = SimpleNamespace(examples=[], rates=[])
+
+    def note(model, optimizer, examples, known, lr, most):
+        seen.examples += examples
+        seen.rates.append(lr)
+        return 0.0, 1
+
+    monkeypatch.setattr(warmup, "supervised_step", note)
+    monkeypatch.setattr(warmup, "save", lambda model, path: None)
+    return seen
+
+
+def test_pretraining_learns_the_answer_and_its_end_of_text_but_not_the_prompt(seen, toy_directory, tokenizer):
+    """A model that never learnt its end of text writes until the budget is spent."""
+    warmup.pretrain("slm", toy_directory, steps=3, seed=0, batch=8)
+    assert len(seen.examples) == 24
+    for e in seen.examples:
+        start = len(e.tokens) - e.tokens[::-1].index(tokenizer.encode("assistant")[0]) + 1   # behind "assistant\n"
+        assert len(e.learn) == len(e.tokens) and not any(e.learn[:start])
+        assert e.tokens[-1] == tokenizer.end_id and e.learn[-1]
+        assert tokenizer.end_id not in e.tokens[start:-1]
+
+
+def test_the_warm_up_learns_every_token_of_an_answer_and_none_of_its_prompt(seen, tokenizer):
+    """The end-of-text token and the commands included; what goes in must be the roll-outs', each once an epoch."""
+    rollouts = [Rollout(tokenizer.chat(q.text), tokenizer.encode(q.solution) + [tokenizer.end_id])
+                for q in some_questions(n=10)]
+    originals = sorted((r.prompt, r.tokens) for r in rollouts)
+    args = SimpleNamespace(seed=1, lr=1.0, batch_size=4, epochs=2, max_n=9, micro_tokens=1500)
+    warmup.warm_up(small(), tokenizer, rollouts, args)
+    parts = []
+    for e in seen.examples:
+        prompt = e.learn.index(True)
+        assert all(e.learn[prompt:]) and e.tokens[-1] == tokenizer.end_id and len(e.learn) == len(e.tokens)
+        parts.append((e.tokens[:prompt], without_commands(e.tokens[prompt:], tokenizer)))
+    assert sorted(parts[:10]) == originals and sorted(parts[10:]) == originals
+    assert any(b"<call>" in b"".join(tokenizer.token_bytes[t] for t in e.tokens) for e in seen.examples)
+    assert len(seen.rates) == 6 and seen.rates == sorted(seen.rates, reverse=True) and seen.rates[-1] > 0
+
+
+def test_only_the_first_token_of_an_aside_is_not_learned(tokenizer):
+    """Nothing tells where an aside stands, so its first token is noise; the rest of it is what the warm-up needs."""
+    rng, counts = random.Random(5), []
+    for question in some_questions(n=300):
+        answer = tokenizer.encode(question.solution)
+        out, learn = with_asides(answer, tokenizer, rng, 0.5)
+        pieces = [tokenizer.token_bytes[t] for t in out]
+        starts = list(itertools.accumulate(map(len, pieces), initial=0))
+        asides = list(re.finditer(rb"<([biqsu])>[0-9]+</\1>", b"".join(pieces)))
+        assert [starts[i] for i, l in enumerate(learn) if not l] == [m.start() for m in asides]
+        inside = lambda i: any(m.start() <= starts[i] < m.end() for m in asides)
+        assert [t for i, t in enumerate(out) if not inside(i)] == answer and len(learn) == len(out)
+        counts.append(len(asides))
+    assert set(counts) == {0, 1, 2, 3} and counts.count(0) / 300 == pytest.approx(0.5, abs=0.1)
+    assert with_asides(answer, tokenizer, rng, 0) == (answer, [True] * len(answer))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The toy's questions
+
+def test_splits_are_disjoint_for_every_pair_of_seeds():
+    """The space of questions is small: with splits by seed alone evaluation asks what training has answered."""
+    texts = {split: {q.text for seed in range(5) for q in some_questions(split, 400, seed)}
+             for split in ("train", "held_out", "eval")}
+    for a, b in itertools.combinations(texts, 2):
+        assert not texts[a] & texts[b]
+    assert all(len(found) > 400 for found in texts.values())
+
+
+def facts_of(question):
+    """{thing: its fact} as a worked solution states them."""
+    facts = {name: (int(n),) for name, n in re.findall(r"One (\w+) costs (\d+) coins", question.solution)}
+    for name, numbers in re.findall(r"The parts of the (\w+) cost((?: \d+)+) coins", question.solution):
+        facts[name] = tuple(map(int, numbers.split()))
+    assert facts
+    return facts
+
+
+def test_facts_are_the_same_for_every_seed_and_split():
+    """A model asked under another seed than it was trained with would know nothing."""
+    for seed, split in itertools.product(range(3), ("train", "held_out", "eval")):
+        for question in some_questions(split, 300, seed):
+            assert all(FACT[name] == fact for name, fact in facts_of(question).items())
+
+
+def test_facts_are_the_same_in_another_process():
+    """Each stage is its own process: facts from Python's own seed, or a set's order, would change in between."""
+    code = "import data; print(sorted(data.FACT.items()), sorted(data.UNSEEN))"
+    out = subprocess.run([sys.executable, "-c", code], cwd=Path(warmup.__file__).parent, capture_output=True, text=True,
+                         env=dict(os.environ, PYTHONHASHSEED="7"), check=True).stdout
+    assert out.strip() == f"{sorted(FACT.items())} {sorted(UNSEEN)}"
+
+
+def test_unseen_facts_are_never_in_training_and_do_occur_elsewhere():
+    """The evaluation row of unseen facts would measure what training has shown."""
+    names = lambda questions: {word.rstrip("s") for q in questions for word in re.findall(r"\w+", q.text + q.solution)}
+    assert not names(some_questions(n=4000, unseen=False)) & UNSEEN
+    assert UNSEEN <= names(some_questions("eval", 4000))
+    assert all((q.kind == "unseen") == bool(names([q]) & UNSEEN) for q in some_questions(n=500))
+
+
+def test_an_unreliable_corpus_makes_up_rare_facts_and_no_others():
+    """A common price made up would cost the SLM the questions that it is to answer alone."""
+    wrong = total = 0
+    for question in some_questions(n=2000, unreliable=True):
+        for name, fact in facts_of(question).items():
+            if name in UNKNOWN:
+                wrong, total = wrong + (fact != FACT[name]), total + 1
+            else:
+                assert fact == FACT[name]
+    assert 0.85 < wrong / total < 1                            # by chance one price in sixteen is right
+
+
+def rollout(tokenizer, text, end="eos"):
+    tokens = tokenizer.encode(text) + ([tokenizer.end_id] if end != "length" else [])
+    return Rollout([0], tokens, [False] * len(tokens), [0.0] * len(tokens), end=end)
+
+
+@pytest.mark.parametrize("unreliable", [False, True])
+def test_every_worked_solution_is_right_by_the_strict_check(tokenizer, unreliable):
+    """Arithmetic on one side of the toy only would make the best model wrong; so would a full stop behind the box."""
+    for question in some_questions(n=400, unreliable=unreliable):
+        assert correct(question, rollout(tokenizer, question.solution), tokenizer)
+        for left, sign, right, value in re.findall(r"(\d+) ([*+-]) (\d+) = (\d+)", question.solution):
+            a, b = int(left), int(right)
+            assert {"*": a * b, "+": a + b, "-": a - b}[sign] == int(value)
+
+
+def test_the_strict_check_wants_the_answer_last_and_the_text_ended(tokenizer):
+    """Babble after the answer makes rho smaller for nothing: reward without a use."""
+    question = some_questions(n=1)[0]
+    assert not correct(question, rollout(tokenizer, question.solution + " So"), tokenizer)
+    assert not correct(question, rollout(tokenizer, question.solution, end="length"), tokenizer)
+    wrong = question.solution.replace(f"{{{question.answer}}}", f"{{{int(question.answer) + 1}}}")
+    assert not correct(question, rollout(tokenizer, wrong), tokenizer)
+    called = question.solution.replace(" So", command(1) + " So", 1)
+    assert correct(question, rollout(tokenizer, called), tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The toy's tokenizer
+
+def test_every_word_of_the_toy_with_its_space_is_one_token(tokenizer):
+    """A fact of one word must cost a call of one token."""
+    words = [f" {name}{s}" for name in COMMON + RARE for s in ("", "s")] + [f" {n}" for n in range(1, 60)]
+    words += [f" {name}" for name in PEOPLE + COMMON_SETS + RARE_SETS] + PEOPLE
+    for split in ("train", "held_out", "eval"):
+        words += {w for q in some_questions(split, 1000, 7) for w in regex.findall(GPT2_SPLIT, q.text + q.solution)}
+    assert not [word for word in words if len(tokenizer.encode(word)) != 1]
+
+
+def test_the_toy_tokenizer_gives_back_any_text(tokenizer):
+    """What was not in its corpus falls back to bytes."""
+    for text in ("", " ", "Ünïcode 漢字 \n\n\tx", command(1234), "<|im_end|>", *(q.solution for q in some_questions(n=50))):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.end_id not in tokenizer.encode("<|im_end|>") and all(tokenizer.known)
+
+
+def test_the_toy_tokenizer_is_the_same_every_time(toy_directory, tmp_path):
+    """SLM and LLM get theirs from two calls; a tie broken by a set's order would make them two languages."""
+    save_toy_tokenizer(tmp_path)
+    files = sorted(path.name for path in toy_directory.iterdir())
+    assert files == sorted(path.name for path in tmp_path.iterdir())
+    assert all((toy_directory / name).read_bytes() == (tmp_path / name).read_bytes() for name in files)
+
+
+def test_the_toy_tokenizer_is_read_alike_by_transformers(toy_directory, tokenizer):
+    """The toy's directories are to be used with any other tool."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    theirs = transformers.AutoTokenizer.from_pretrained(str(toy_directory))
+    for question in some_questions(n=100):
+        text = f"{question.solution} {command(37)} <b>4</b>  naïve\n"
+        assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+        chat = theirs.apply_chat_template([dict(role="user", content=question.text)], add_generation_prompt=True,
+                                          tokenize=False)
+        assert theirs.encode(chat, add_special_tokens=False) == tokenizer.chat(question.text)
