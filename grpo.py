@@ -267,7 +267,7 @@ def pick(questions, i, seed):
 def learning_rate(step, args):
     """Constant, as in the paper; the toy's rises over `ramp` steps and falls to 0.
 
-    Without the ramp the first few batches decide by chance whether the model calls always or never (see README.md).
+    The ramp is there so that the first few batches do not decide alone whether the model calls always (see README.md).
     """
     rate = args.lr * min(1.0, step / args.ramp)
     return rate * (1 - (step - 1) / args.steps) if args.decay else rate
