@@ -23,7 +23,7 @@ import numpy as np
 
 from data import load_questions, toy_questions
 from model import load, write_beside
-from relay import Run, command, correct, load_pair, machine, parser, run_script, write_answers
+from relay import Run, command, correct, fill_in, load_pair, machine, parser, run_script, write_answers
 
 TOY = dict(temperature=0.7, max_new_tokens=96, limit=1000)
 PAPER = dict(temperature=0.0, max_new_tokens=8192)
@@ -105,9 +105,7 @@ def main():
     toy = run.toy and args.questions is None
     if not toy and args.questions is None:
         raise ValueError("real models need --questions FILE")
-    for key, value in (TOY if run.toy else PAPER).items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+    fill_in(args, TOY if run.toy else PAPER)
     device, dtype = machine(args, run.toy)
     slm, llm, tokenizer = load_pair(args.slm or run.directory("slm"), args.llm or run.directory("llm"), device, dtype)
     trained = {name: load(run.path / name, device) for name in ("warmup", "grpo")}

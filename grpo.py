@@ -16,13 +16,14 @@ import math
 import random
 import shutil
 import time
+from functools import lru_cache
 
 import torch
 from tqdm import tqdm
 
 from data import load_questions, toy_questions
 from model import load, read_json, save, write_beside
-from relay import Run, correct, load_pair, machine, parser, positive, relay, run_script, write_answers
+from relay import Run, correct, fill_in, load_pair, machine, parser, positive, relay, run_script, write_answers
 from warmup import Example, adamw, apply_gradient, micro_batches, settings, token_logprobs
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,9 +128,8 @@ def update(policy, reference, optimizer, rollouts, advantage, known, args):
     return sums | dict(norm=apply_gradient(policy, optimizer, args.rate))
 
 
-def step_metrics(questions, rollouts, right, reward):
-    """What the roll-outs of one step say, before any learning. right, reward: (questions, G)."""
-    called = torch.tensor([[any(r.by_llm) for r in group] for group in rollouts])
+def step_metrics(rollouts, right, called, reward):
+    """What the roll-outs of one step say, before any learning. right, called, reward: (questions, G)."""
     flat = [r for group in rollouts for r in group]
     tokens, by_llm = sum(len(r.tokens) for r in flat), sum(sum(r.by_llm) for r in flat)
     alone, solved = (right & ~called).any(-1), right.any(-1)
@@ -159,7 +159,7 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
     advantage = advantages(reward)
     sampled = time.perf_counter()
 
-    metrics = dict(step=step) | step_metrics(questions, groups, right, reward)
+    metrics = dict(step=step) | step_metrics(groups, right, called, reward)
     sums = []
     for part in range(args.updates):           # old log-probabilities stay those of sampling over all updates
         chosen = [i for i in range(part, len(groups), args.updates)
@@ -199,8 +199,7 @@ PAPER = dict(temperature=1.0, max_new_tokens=8192, steps=100, questions_per_step
 def arguments():
     p = parser("Stage 2: GRPO over relay roll-outs. Defaults: the toy's, and with real models the paper's.",
                "python grpo.py --run runs/toy --gpus 1")
-    p.add_argument("--steps", type=positive(int), help="batches of roll-outs (toy %(default)s)".replace(
-        "%(default)s", str(TOY["steps"])))
+    p.add_argument("--steps", type=positive(int), help=f"batches of roll-outs (toy {TOY['steps']})")
     p.add_argument("--questions-per-step", type=positive(int), help=f"toy {TOY['questions_per_step']}, paper 128")
     p.add_argument("--group", type=positive(int), help=f"roll-outs of each question, G (toy {TOY['group']}, paper 8)")
     p.add_argument("--lr", type=positive(float), help=f"learning rate (toy {TOY['lr']}, to 0; paper 1e-6, constant)")
@@ -259,9 +258,14 @@ def last_checkpoint(out, args):
 def pick(questions, i, seed):
     """The i-th question of training: every pass over the pool in its own order."""
     epoch, place = divmod(i, len(questions))
-    order = list(range(len(questions)))
+    return questions[epoch_order(len(questions), seed, epoch)[place]]
+
+
+@lru_cache(maxsize=2)     # shuffled once a pass, not once a question
+def epoch_order(n, seed, epoch):
+    order = list(range(n))
     random.Random(f"order {seed} {epoch}").shuffle(order)
-    return questions[order[place]]
+    return order
 
 
 def learning_rate(step, args):
@@ -294,9 +298,7 @@ def main():
     run = Run(args.run)
     if "warmup" not in run.info["stages"]:
         raise ValueError(f"{run.path} holds no warm-up yet; run: python warmup.py --run {run.path}")
-    for key, value in (TOY if run.toy else PAPER).items():
-        if getattr(args, key, None) is None:
-            setattr(args, key, value)
+    fill_in(args, TOY if run.toy else PAPER)
     out, source = run.path / "grpo", args.slm or run.path / "warmup"
     if "grpo" in run.info["stages"]:
         if args.resume:

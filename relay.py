@@ -432,6 +432,13 @@ def parser(description, example):
     return p
 
 
+def fill_in(args, preset):
+    """Flags that were not given take the preset's values: the toy's, or with real models the paper's."""
+    for key, value in preset.items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
+
+
 class Run:
     """A run's directory, and run.json in it: where SLM and LLM lie, and the settings of each finished stage."""
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data import Tokenizer, load_questions, save_toy_tokenizer, toy_questions, with_asides
 from model import Transformer, parse_config, save
-from relay import (Run, command, correct, entropy, load_pair, log_softmax, machine, parser, positive, run_script,
+from relay import (Run, command, correct, entropy, fill_in, load_pair, log_softmax, machine, parser, positive, run_script,
                    write_answers)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,9 +219,7 @@ def arguments():
     args.toy = args.slm is None
     if not args.toy and args.questions is None:
         p.error("real models need --questions FILE")
-    for key, value in (TOY if args.toy else PAPER).items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+    fill_in(args, TOY if args.toy else PAPER)
     return args
 
 
