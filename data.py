@@ -361,7 +361,7 @@ class Question:
     """A question as the user asks it, and its gold answer; the toy's carry more."""
     text: str
     answer: str
-    kind: str = ""        # toy: "common", "price" (one rare price), "parts" (a rare set), "unseen" (either, not trained)
+    kind: str = ""        # toy: "common", "price" (one rare price), "parts" (a rare set: three prices), "unseen" (either, not trained)
     solution: str = ""    # a worked solution
     fact: str = ""        # the text of the fact that the small model lacks
     strict: bool = False  # the response must end by its end-of-text token right after the answer
@@ -374,49 +374,42 @@ COMMON = ("apple bag bell book bowl box brush cake candle card chair comb cup de
 RARE = ("zither lute sextant quill kimono tuba gong bonsai harp zodiac puzzle mosaic trident sundial monocle goblet "
         "fresco lantern cameo gavel parasol rapier talisman tapestry tiara turban veil violin wig yurt zeppelin "
         "crown").split()
-COMMON_SETS = "sofa tent bike boat shed swing stove kite ladder cart sled fence".split()
-RARE_SETS = "loom organ rocket carriage windmill telescope pulpit chariot bellows kiln gondola printer".split()
+COMMON_SETS = "bike boat kite sled sofa stove swing tent".split()
+RARE_SETS = "bellows carriage chariot gondola kiln loom organ printer pulpit rocket telescope windmill".split()
 UNSEEN = {"trident", "gavel", "veil", "yurt", "pulpit", "kiln"}    # never in a question of either training stage
 PEOPLE = "Ann Ben Dan Eva Ian Joe Kim Leo Liz Max Mia Pam Ray Sam Tom Zoe".split()
 SPLITS = {"train": range(0, 80), "held_out": range(80, 90), "eval": range(90, 100)}   # of a hash of the text, mod 100
 
 _facts = random.Random("facts")                                    # the same for every --seed
 FACT = {item: (_facts.randint(2, 17),) for item in COMMON + RARE}  # a price: one number
-FACT.update({item: tuple(_facts.randint(1, 9) for _ in range(3 + i % 3))   # the prices of a set's parts: 3 to 5 numbers
-             for names in (COMMON_SETS, RARE_SETS) for i, item in enumerate(names)})
+FACT.update({item: tuple(_facts.randint(1, 9) for _ in range(3)) for item in COMMON_SETS + RARE_SETS})   # three parts
 UNKNOWN = set(RARE + RARE_SETS)                                    # what the small model's corpus is unreliable on
 
 
 def toy_question(rng, rare, unreliable=False):
     """One shopping problem. rare: name one rare thing, else none. unreliable: its fact is made up."""
     who = rng.choice(PEOPLE)
-    form = "set" if rng.random() < 1 / 6 else rng.choice(("many", "coupon", "two"))
+    form = rng.choice(("many", "coupon", "two", "set"))
     extra = rng.randint(2, 4) if form == "coupon" else rng.randint(2, 9)
     item = rng.choice((RARE_SETS if rare else COMMON_SETS) if form == "set" else (RARE if rare else COMMON))
     fact = FACT[item]
     if rare and unreliable:
         fact = tuple(rng.randint(1, 9) for _ in fact) if form == "set" else (rng.randint(2, 17),)
     words = "".join(f" {n}" for n in fact)
-    lead = f"Let us see what {who} pays."
     if form == "set":
         bought = f"a {item} set"
-        steps, total = f" The parts of the {item} cost{words} coins.", fact[0]
-        for n in fact[1:]:
-            steps += f" {total} + {n} = {total + n}."
-            total += n
+        first, total = sum(fact[:2]), sum(fact)
+        steps = f" The parts cost{words} coins. {fact[0]} + {fact[1]} = {first}. {first} + {fact[2]} = {total}."
     elif form == "two":
         other = rng.choice([name for name in COMMON if name != item])
         pair = [item, other] if rng.random() < 0.5 else [other, item]
-        price = {item: fact[0], other: FACT[other][0]}
-        total = sum(price.values())
-        bought = f"a {pair[0]} and a {pair[1]}"
-        steps = "".join(f" One {name} costs {price[name]} coins." for name in pair)
-        steps += f" {price[pair[0]]} + {price[pair[1]]} = {total}."
+        first, second = (fact[0] if name == item else FACT[name][0] for name in pair)
+        bought, total = f"a {pair[0]} and a {pair[1]}", first + second
+        steps = f" The first costs {first} coins. The second costs {second} coins. {first} + {second} = {total}."
     else:
         k = rng.randint(2, 4)
-        total = k * fact[0]
-        bought = f"{k} {item}s"
-        steps = f" One {item} costs{words} coins. So {k} cost {k} * {fact[0]} = {total} coins."
+        bought, total = f"{k} {item}s", k * fact[0]
+        steps = f" One costs{words} coins. So {k} cost {k} * {fact[0]} = {total} coins."
     if form == "coupon":
         text, answer = f"{who} buys {bought} with a coupon for {extra} coins.", total - extra
         steps += f" The coupon takes {extra} coins off. {total} - {extra} = {answer}."
@@ -425,7 +418,14 @@ def toy_question(rng, rare, unreliable=False):
         steps += f" The basket adds {extra} coins. {total} + {extra} = {answer}."
     kind = "common" if not rare else "unseen" if item in UNSEEN else "parts" if form == "set" else "price"
     return Question(f"{text} How many coins does {who} pay?", str(answer), kind,
-                    f"{lead}{steps} So {who} pays {answer} coins. The answer is \\boxed{{{answer}}}", words if rare else "", strict=True)
+                    f"Let us see what {who} pays.{steps} The answer is \\boxed{{{answer}}}", words if rare else "",
+                    strict=True)
+
+
+def split_of(text):
+    """The split that a question with this text belongs to, by a hash of it: the same for every seed."""
+    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+    return next(split for split, part in SPLITS.items() if digest % 100 in part)
 
 
 def toy_questions(split, rng, rare=0.5, unseen=True, unreliable=False):
@@ -436,8 +436,7 @@ def toy_questions(split, rng, rare=0.5, unseen=True, unreliable=False):
     """
     while True:
         question = toy_question(rng, rng.random() < rare, unreliable)
-        digest = int.from_bytes(hashlib.sha256(question.text.encode()).digest()[:4], "big")
-        if digest % 100 in SPLITS[split] and (unseen or question.kind != "unseen"):
+        if split_of(question.text) == split and (unseen or question.kind != "unseen"):
             yield question
 
 
@@ -494,7 +493,7 @@ def save_toy_tokenizer(path):
     rng = random.Random("tokenizer")
     sample = list(itertools.islice(toy_questions("train", rng), 4000))
     merges = train_bpe([q.text for q in sample] + [q.solution for q in sample] + ["user", "assistant"] * 9
-                       + [f"<{tag}>{n}</{tag}>" for tag in ("call", *"biqsu") for n in range(100)])
+                       + [f" {n}" for n in range(100)] + [f"<{tag}>{n}</{tag}>" for tag in ("call", *"biqsu") for n in range(100)])
     letter = {byte: char for char, byte in BYTE_OF.items()}
     write = lambda piece: "".join(letter[b] for b in piece)
     tokens = [bytes([b]) for b in range(256)] + [a + b for a, b in merges]

@@ -23,7 +23,8 @@ import numpy as np
 
 from data import load_questions, toy_questions
 from model import load, write_beside
-from relay import Run, command, correct, fill_in, load_pair, machine, parser, run_script, write_answers
+from relay import Run, command, correct, fill_in, load_pair, machine, parser, run_script
+from warmup import write_answers
 
 TOY = dict(temperature=0.7, max_new_tokens=96, limit=1000)
 PAPER = dict(temperature=0.0, max_new_tokens=8192)

@@ -10,21 +10,22 @@ What is RelayLLM's own is the reward (arXiv 2601.05167, section 4.2). It asks wh
 can the SLM do it alone, only with help, or not at all? Alone it pays not to call, else it pays to call, and each
 token from the LLM costs a little. Tokens that the LLM wrote have no gradient: nobody of ours sampled them.
 """
-import itertools
 import json
 import math
 import random
 import shutil
+import sys
 import time
 from functools import lru_cache
 
 import torch
 from tqdm import tqdm
 
-from data import load_questions, toy_questions
 from model import load, read_json, save, write_beside
-from relay import Run, correct, fill_in, load_pair, machine, parser, positive, relay, run_script, write_answers
-from warmup import Example, adamw, apply_gradient, micro_batches, settings, token_logprobs
+from relay import Run, correct, fill_in, load_pair, machine, parser, positive, relay, run_script
+from warmup import (Example, adamw, add_up, apply_gradient, check_gpus, hear_signals, join_processes, machine_arguments,
+                    micro_batches, progress_bar, settings, start_processes, token_logprobs, training_questions,
+                    wait_for_all, world, write_answers)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reward, advantage, loss: pure functions
@@ -89,36 +90,44 @@ def k3(logprobs, ref_logprobs):
 # ---------------------------------------------------------------------------------------------------------------------
 # One step: roll-outs, rewards, updates
 
-def examples_of(rollouts):
-    """What the learner sees of roll-outs: the loss is on the tokens that the SLM sampled, and on no others."""
-    return [Example(r.prompt + r.tokens, [False] * len(r.prompt) + [not b for b in r.by_llm])
+def examples_of(rollouts, llm_tokens=False):
+    """What the learner sees of roll-outs: the loss is on the tokens that the SLM sampled, and on no others.
+
+    llm_tokens=True is for comparison: the public code lets the loss run over the LLM's tokens too.
+    """
+    return [Example(r.prompt + r.tokens, [False] * len(r.prompt) + [llm_tokens or not b for b in r.by_llm])
             for r in rollouts]
 
 
 def update(policy, reference, optimizer, rollouts, advantage, known, args):
     """One optimizer step on these roll-outs. Returns sums over its tokens, for the metrics.
 
-    advantage: (number of roll-outs,). The denominator is the number of learned tokens of the whole update, so that the
-    gradient does not depend on how it is cut into micro-batches.
+    advantage: (number of roll-outs,). The denominator is the number of learned tokens (--loss sequence: of roll-outs)
+    of the whole update, over all micro-batches and processes, so that the gradient does not depend on how it is cut.
     """
-    examples = examples_of(rollouts)
-    total = sum(sum(e.learn) for e in examples)
-    sums = dict(tokens=total, loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, drift=0.0)
-    if total == 0:
+    examples = examples_of(rollouts, args.llm_tokens_in_loss)
+    counts = [sum(e.learn) for e in examples]
+    tokens, responses = add_up([sum(counts), sum(n > 0 for n in counts)], known.device)
+    sums = dict(tokens=sum(counts), loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, drift=0.0)
+    if tokens == 0:                                       # in every process: nobody takes a step
         return sums | dict(norm=0.0)
     for batch in micro_batches(examples, args.micro_tokens):
-        part = [examples[i] for i in batch]
-        if not any(any(e.learn) for e in part):      # the LLM wrote all of these
+        batch = [i for i in batch if counts[i]]           # but for those that the LLM wrote alone
+        if not batch:
             continue
+        part = [examples[i] for i in batch]
         with torch.no_grad():
             ref = token_logprobs(reference, part, known, args.temperature)[0]
         logprobs, entropies = token_logprobs(policy, part, known, args.temperature, entropies=True)
-        old = torch.tensor([lp for i in batch for lp, b in zip(rollouts[i].logprobs, rollouts[i].by_llm) if not b],
-                           device=logprobs.device, dtype=logprobs.dtype)
-        weight = torch.cat([advantage[i].expand(sum(examples[i].learn)) for i in batch]).to(logprobs)
-        loss, clipped = policy_loss(logprobs, old, weight, args.clip_low, args.clip_high)
+        stored = [(lp, by_llm) for i in batch for lp, by_llm in zip(rollouts[i].logprobs, rollouts[i].by_llm)]
+        old = torch.tensor([lp for lp, by_llm in stored if args.llm_tokens_in_loss or not by_llm]).to(logprobs)
+        if args.llm_tokens_in_loss:                       # the sampler stored none for them: a ratio of 1
+            old = torch.where(torch.tensor([b for _, b in stored], device=old.device), logprobs.detach(), old)
+        spread = lambda values: torch.tensor([v for i, v in zip(batch, values) for _ in range(counts[i])]).to(logprobs)
+        weight = spread([1 / tokens if args.loss == "token" else 1 / (responses * counts[i]) for i in batch])
+        loss, clipped = policy_loss(logprobs, old, spread(advantage[batch].tolist()), args.clip_low, args.clip_high)
         kl = k3(logprobs, ref)
-        loss = (loss + args.kl * kl).sum() / total
+        loss = ((loss + args.kl * kl) * weight).sum()
         loss.backward()
         sums["loss"] += loss.item()
         sums["kl"] += kl.sum().item()
@@ -128,51 +137,71 @@ def update(policy, reference, optimizer, rollouts, advantage, known, args):
     return sums | dict(norm=apply_gradient(policy, optimizer, args.rate))
 
 
-def step_metrics(rollouts, right, called, reward):
-    """What the roll-outs of one step say, before any learning. right, called, reward: (questions, G)."""
-    flat = [r for group in rollouts for r in group]
-    tokens, by_llm = sum(len(r.tokens) for r in flat), sum(sum(r.by_llm) for r in flat)
+def step_metrics(groups, right, called, reward):
+    """What the roll-outs of one step say, before any learning: for each metric a sum and what to divide it by.
+
+    right, called, reward: (questions, G). Sums and divisors of several processes add up.
+    """
+    flat = [r for group in groups for r in group]
+    tokens, calls = sum(len(r.tokens) for r in flat), [c for r in flat for c in r.calls]
     alone, solved = (right & ~called).any(-1), right.any(-1)
-    mean = lambda mask: right[mask].float().mean().item() if mask.any() else None
     return dict(
-        reward=reward.mean().item(), accuracy=right.float().mean().item(), accuracy_called=mean(called),
-        accuracy_alone=mean(~called), call_rate=called.float().mean().item(), rho=by_llm / tokens,
-        asked=sum(c.asked for r in flat for c in r.calls) / max(1, sum(len(r.calls) for r in flat)),
-        length=tokens / len(flat), cut=sum(r.end == "length" for r in flat) / len(flat),
-        student_solvable=alone.float().mean().item(), teacher_dependent=(solved & ~alone).float().mean().item(),
-        teacher_unsolvable=(~solved).float().mean().item(),
-        equal_groups=(reward == reward[:, :1]).all(-1).float().mean().item())
+        reward=(reward.sum().item(), len(flat)), accuracy=(right.sum().item(), len(flat)),
+        accuracy_called=((right & called).sum().item(), called.sum().item()),
+        accuracy_alone=((right & ~called).sum().item(), (~called).sum().item()),
+        call_rate=(called.sum().item(), len(flat)), rho=(sum(sum(r.by_llm) for r in flat), tokens),
+        asked=(sum(c.asked for c in calls), len(calls)), length=(tokens, len(flat)),
+        cut=(sum(r.end == "length" for r in flat), len(flat)),
+        student_solvable=(alone.sum().item(), len(groups)), teacher_dependent=((solved & ~alone).sum().item(), len(groups)),
+        teacher_unsolvable=((~solved).sum().item(), len(groups)),
+        equal_groups=((reward == reward[:, :1]).all(-1).sum().item(), len(groups)))
 
 
-def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, known, args):
-    """Sample, score, learn. Returns (metrics, roll-outs)."""
-    start = time.perf_counter()
-    prompts = [tokenizer.chat(q.text) for q in questions for _ in range(args.group)]
-    seeds = [(args.seed, step, q, g) for q in range(len(questions)) for g in range(args.group)]
-    flat = relay(policy, llm, tokenizer, prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                 llm_temperature=args.llm_temperature, seed=seeds, batch=args.batch)
-    groups = [flat[i:i + args.group] for i in range(0, len(flat), args.group)]       # by index, never by text
+def score(questions, groups, tokenizer, args):
+    """(right, called, reward), each (questions, G)."""
     right = torch.tensor([[correct(q, r, tokenizer) for r in group] for q, group in zip(questions, groups)])
     called = torch.tensor([[any(r.by_llm) for r in group] for group in groups])
     rho = torch.tensor([[r.rho for r in group] for group in groups])
-    reward = rewards(right, called, rho) if args.reward == "difficulty" else simple_rewards(right, rho)
-    advantage = advantages(reward)
+    if args.rho_asked:
+        rho = torch.tensor([[sum(c.asked for c in r.calls) / len(r.tokens) for r in group] for group in groups]).clamp(max=1)
+    if args.reward == "simple":
+        return right, called, simple_rewards(right, rho)
+    if args.batch_scenarios:
+        return right, called, rewards(right.flatten(), called.flatten(), rho.flatten()).view(right.shape)
+    return right, called, rewards(right, called, rho)
+
+
+def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, known, args):
+    """Sample, score, learn. questions: of the whole step; this process takes its share. Returns (metrics, roll-outs)."""
+    start = time.perf_counter()
+    rank, size = world()
+    mine = range(rank, len(questions), size)
+    prompts = [tokenizer.chat(questions[q].text) for q in mine for _ in range(args.group)]
+    flat = relay(policy, llm, tokenizer, prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                 llm_temperature=args.llm_temperature, batch=args.batch,
+                 seed=[(args.seed, step, q, g) for q in mine for g in range(args.group)])
+    groups = [flat[i:i + args.group] for i in range(0, len(flat), args.group)]       # by index, never by text
+    right, called, reward = score([questions[q] for q in mine], groups, tokenizer, args)
+    advantage = advantages(reward, args.scale_by_std)
+    args.signals.calm = False                 # from here to the end of the step an interrupt has to wait
     sampled = time.perf_counter()
 
-    metrics = dict(step=step) | step_metrics(groups, right, called, reward)
     sums = []
     for part in range(args.updates):           # old log-probabilities stay those of sampling over all updates
-        chosen = [i for i in range(part, len(groups), args.updates)
-                  if not args.skip_equal or advantage[i].any()]
-        if chosen:
-            sums.append(update(policy, reference, optimizer, [r for i in chosen for r in groups[i]],
-                               advantage[chosen].flatten(), known, args))
-    tokens = max(1, sum(s["tokens"] for s in sums))
-    metrics |= {name: sum(s[key] for s in sums) / tokens for name, key in
-                (("kl", "kl"), ("clip_fraction", "clipped"), ("entropy", "entropy"))}
-    metrics |= dict(loss=sum(s["loss"] for s in sums) / max(1, len(sums)),
-                    grad_norm=max([s["norm"] for s in sums], default=0.0),
-                    sampler_learner_difference=sums[0]["drift"] if sums else 0.0, lr=args.rate,
+        chosen = [i for i, q in enumerate(mine)
+                  if q % args.updates == part and not (args.skip_equal and not advantage[i].any())]
+        sums.append(update(policy, reference, optimizer, [r for i in chosen for r in groups[i]],
+                           advantage[chosen].flatten(), known, args))
+    tokens = sum(s["tokens"] for s in sums)
+    parts = step_metrics(groups, right, called, reward)
+    parts |= {name: (sum(s[key] for s in sums), tokens) for name, key in
+              (("kl", "kl"), ("clip_fraction", "clipped"), ("entropy", "entropy"))}
+    parts["loss"] = sum(s["loss"] for s in sums), 0 if rank else len(sums)           # a sum over processes as it is
+    added = iter(add_up([number for pair in parts.values() for number in pair], known.device))
+    metrics = dict(step=step) | {name: total / count if count else None for name, total, count in zip(parts, added, added)}
+    norms = [s["norm"] for s in sums]
+    metrics |= dict(grad_norm=max(norms), skipped=sum(not math.isfinite(norm) for norm in norms),
+                    sampler_learner_difference=sums[0]["drift"], lr=args.rate,
                     sample_seconds=sampled - start, learn_seconds=time.perf_counter() - sampled)
     return metrics, groups
 
@@ -190,10 +219,12 @@ def filter_questions(questions, llm, tokenizer, args):
     return kept
 
 
-TOY = dict(temperature=1.0, max_new_tokens=96, steps=140, questions_per_step=16, group=16, lr=1e-3, updates=1,
-           pool=640, filter_samples=2, decay=True, ramp=20, skip_equal=True, micro_tokens=3000)
+# What the presets differ in. The toy samples at 0.7, where its few calls stand out and its text is nearly free of
+# slips; its learning rate rises over `ramp` steps and falls to 0; it skips groups of equal rewards (seconds of work).
+TOY = dict(temperature=0.7, max_new_tokens=96, steps=80, questions_per_step=16, group=16, lr=1e-3, updates=1,
+           pool=640, filter_samples=2, decay=True, ramp=20, skip_equal=True, micro_tokens=3000, eval_every=20)
 PAPER = dict(temperature=1.0, max_new_tokens=8192, steps=100, questions_per_step=128, group=8, lr=1e-6, updates=4,
-             pool=17000, filter_samples=10, decay=False, ramp=1, skip_equal=False, micro_tokens=8192)
+             pool=17000, filter_samples=10, decay=False, ramp=1, skip_equal=False, micro_tokens=16384, eval_every=20)
 
 
 def arguments():
@@ -207,52 +238,85 @@ def arguments():
     p.add_argument("--reward", choices=["difficulty", "simple"], default="difficulty",
                    help="RelayLLM's difficulty-aware reward, or accuracy - rho")
     p.add_argument("--updates", type=positive(int), help="updates for each batch of roll-outs (toy 1, paper 4)")
-    p.add_argument("--clip-low", type=float, default=0.2, help="PPO's clip below 1 (0.2)")
+    p.add_argument("--clip-low", type=float, default=0.2, help="PPO's clip below 1 (0.2; arXiv 1707.06347)")
     p.add_argument("--clip-high", type=float, default=0.3, help="and above (0.3; DAPO, arXiv 2503.14476)")
+    p.add_argument("--loss", choices=["token", "sequence"], default="token",
+                   help="mean over all tokens (DAPO), or of each response's mean (GRPO, arXiv 2402.03300)")
+    p.add_argument("--no-std", dest="scale_by_std", action="store_false",
+                   help="do not divide advantages by the group's std (Dr. GRPO, arXiv 2503.20783)")
     p.add_argument("--llm-temperature", type=float, default=0.7, help="the LLM's, inside a call (0.7)")
     p.add_argument("--pool", type=positive(int), help="questions before the filter")
     p.add_argument("--filter-samples", type=int, help="the LLM's answers to each, 0: no filter (toy 2, paper 10)")
     p.add_argument("--pass-rate", type=float, default=0.5, help="keep questions that the LLM solves this often (0.5)")
-    p.add_argument("--micro-tokens", type=positive(int), help="tokens that pass the model at once")
     p.add_argument("--no-teacher", action="store_true", help="plain GRPO: nobody to call")
+    p.add_argument("--llm-tokens-in-loss", action="store_true", help="ablation: learn the LLM's tokens too")
+    p.add_argument("--batch-scenarios", action="store_true", help="ablation: the reward's scenario from the whole batch")
+    p.add_argument("--rho-asked", action="store_true", help="ablation: rho from the n asked, not from what was delivered")
+    p.add_argument("--eval-every", type=int, help="steps between checks on held-out questions, 0: none (20)")
+    p.add_argument("--eval-questions", type=positive(int), default=128, help="questions of a check (128)")
     p.add_argument("--save-every", type=positive(int), default=20, help="steps between checkpoints (20)")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    p.add_argument("--gpus", type=positive(int), default=1, help="only 1 so far")
+    machine_arguments(p)
     args = p.parse_args()
-    if args.gpus > 1:
-        p.error("--gpus: more than one is not supported yet")
+    check_gpus(p, args)
     return args
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: a new directory each, made good by replacing one small file last
 
-SETTINGS = ("seed", "steps", "questions_per_step", "group", "lr", "kl", "reward", "updates", "clip_low", "clip_high",
-            "temperature", "llm_temperature", "max_new_tokens", "pool", "filter_samples", "pass_rate", "no_teacher")
-
-
-def save_checkpoint(out, step, policy, optimizer, source, args):
+def save_checkpoint(out, step, policy, optimizer, source, settings):
     folder = out / f"checkpoint-{step}"
     shutil.rmtree(folder, ignore_errors=True)          # half of one, from a run that was killed
     save(policy, folder, source)
     write_beside(folder / "optimizer.pt", lambda file: torch.save(optimizer.state_dict(), file))
-    state = dict(step=step, folder=folder.name, settings={key: getattr(args, key) for key in SETTINGS})
+    state = dict(step=step, folder=folder.name, settings=settings)
     write_beside(out / "checkpoint.json", lambda file: file.write(json.dumps(state, indent=2).encode()))
     for old in out.glob("checkpoint-*"):
         if old != folder:
             shutil.rmtree(old)
 
 
-def last_checkpoint(out, args):
+def last_checkpoint(out, settings):
     """(steps done, directory of the model) of the last checkpoint; (0, None) if there is none."""
     if not (out / "checkpoint.json").exists():
         return 0, None
     state = read_json(out / "checkpoint.json")
-    for key in SETTINGS:
-        if state["settings"].get(key) != getattr(args, key):
-            raise ValueError(f"{out}: its checkpoint was made with {key} {state['settings'].get(key)}, not "
-                             f"{getattr(args, key)}; resume with the same settings, or choose another --run")
-    return state["step"], out / state["folder"]
+    step, folder, there = (state.get(key) for key in ("step", "folder", "settings"))
+    if type(step) is not int or folder != f"checkpoint-{step}" or not isinstance(there, dict):
+        raise ValueError(f"{out / 'checkpoint.json'}: not a checkpoint of this program")
+    for key in sorted({*there, *settings}):
+        if there.get(key) != settings.get(key):
+            raise ValueError(f"{out}: its checkpoint was made with {key} {there.get(key)}, not "
+                             f"{settings.get(key)}; resume with the same settings, or choose another --run")
+    return step, out / folder
+
+
+def load_optimizer(optimizer, file):
+    """Its state, read on the CPU; load_state_dict() brings it to the device, and the copy is freed."""
+    try:
+        optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    except OSError:
+        raise
+    except Exception as error:                 # what a damaged file raises depends on where the damage is
+        raise ValueError(f"{file}: damaged, or not of this run ({type(error).__name__})") from None
+
+
+class Signals:
+    """Ctrl-C and SIGTERM. While roll-outs are sampled (calm) the first one interrupts at once: the step is dropped.
+
+    While the policy is being changed or saved, and with several processes, which must agree on it, it waits for the
+    end of the step. Further ones do nothing.
+    """
+
+    def __init__(self):
+        self.asked, self.calm = False, False
+        hear_signals(self.hear)
+
+    def hear(self, *_):
+        first, self.asked = not self.asked, True
+        if first and self.calm:
+            raise KeyboardInterrupt
 
 
 def pick(questions, i, seed):
@@ -293,13 +357,23 @@ def watch(history):
     return None
 
 
+def held_out_check(questions, policy, llm, tokenizer, args):
+    """Accuracy, rho and call rate on questions that neither training nor eval.py uses; None where there are none."""
+    if not questions:
+        return {}
+    rollouts = write_answers(policy, llm, tokenizer, questions, args, "check", temperature=0.7)
+    right = sum(correct(q, r, tokenizer) for q, r in zip(questions, rollouts))
+    return dict(eval_accuracy=right / len(questions), eval_call_rate=sum(any(r.by_llm) for r in rollouts) / len(questions),
+                eval_rho=sum(sum(r.by_llm) for r in rollouts) / sum(len(r.tokens) for r in rollouts))
+
+
 def main():
     args = arguments()
     run = Run(args.run)
     if "warmup" not in run.info["stages"]:
         raise ValueError(f"{run.path} holds no warm-up yet; run: python warmup.py --run {run.path}")
     fill_in(args, TOY if run.toy else PAPER)
-    out, source = run.path / "grpo", args.slm or run.path / "warmup"
+    out, source, chosen = run.path / "grpo", args.slm or run.path / "warmup", settings(args)
     if "grpo" in run.info["stages"]:
         if args.resume:
             print(f"{out} is finished; next: python eval.py --run {run.path}")
@@ -307,44 +381,67 @@ def main():
         raise ValueError(f"{out} is there already; choose another --run, or delete it")
     if not args.resume and (out / "checkpoint.json").exists():
         raise ValueError(f"{out} holds an unfinished training; go on with --resume, or delete it")
-    if not run.toy and args.questions is None:
-        raise ValueError("real models need --questions FILE")
-    done, folder = last_checkpoint(out, args)
+    done, folder = last_checkpoint(out, chosen)
+    start_processes(args.gpus)
     device, frozen = machine(args, run.toy)
+    join_processes(device)
+    rank, size = world()
+    if size > args.questions_per_step:
+        raise ValueError(f"{args.questions_per_step} questions a step for {size} processes; give --questions-per-step")
     if device == "cpu":
-        print("no GPU is used: running on the CPU")
+        print(f"no GPU is used: running on the CPU, {size} process{'es' if size > 1 else ''}")
     policy, llm, tokenizer = load_pair(folder or source, args.llm or run.directory("llm"), device, frozen)
+    policy.checkpointing = args.checkpointing
     reference = load(source, device)
     optimizer = adamw(policy, args.lr)
     if folder:
-        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+        load_optimizer(optimizer, folder / "optimizer.pt")
     known = torch.tensor(tokenizer.known, device=device)
-    questions = (list(itertools.islice(toy_questions("train", random.Random(f"grpo {args.seed}"), unseen=False),
-                                       args.pool))
-                 if args.questions is None else load_questions(args.questions, args.limit))
+    questions, held_out = training_questions(args, run.toy, "grpo", args.pool, args.eval_questions)
     questions = filter_questions(questions, llm, tokenizer, args)
     if not questions:
         raise ValueError("the LLM solves none of the questions; give easier ones, or --filter-samples 0")
 
-    out.mkdir(parents=True, exist_ok=True)
-    lines = (out / "metrics.jsonl").read_text().splitlines()[:done] if done else []
-    write_beside(out / "metrics.jsonl", lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
-    history, told = [json.loads(line) for line in lines], None
-    bar = tqdm(range(done + 1, args.steps + 1), initial=done, total=args.steps, desc="GRPO", unit="step",
-               dynamic_ncols=True)
-    with open(out / "metrics.jsonl", "a", encoding="utf-8") as log:
-        for step in bar:
-            first = (step - 1) * args.questions_per_step
-            chosen = [pick(questions, first + i, args.seed) for i in range(args.questions_per_step)]
-            args.rate = learning_rate(step, args)
-            metrics, groups = train_step(step, chosen, policy, reference, None if args.no_teacher else llm, tokenizer,
-                                         optimizer, known, args)
+    helper = None if args.no_teacher else llm
+    lines = []
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[:done] if done else []
+        if len(lines) < done:
+            raise ValueError(f"{out / 'metrics.jsonl'} has {len(lines)} of the checkpoint's {done} steps")
+        write_beside(out / "metrics.jsonl", lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
+    history, told, bad, step = [json.loads(line) for line in lines], None, 0, done
+    args.signals = Signals()
+
+    def keep():
+        """A checkpoint of the last whole step."""
+        if rank == 0 and step > 0:
+            save_checkpoint(out, step, policy, optimizer, source, chosen)
+
+    bar = progress_bar(total=args.steps, initial=done, desc="GRPO", unit="step")
+    try:
+        while step < args.steps and not add_up([args.signals.asked], device)[0]:
+            first = step * args.questions_per_step
+            batch = [pick(questions, first + i, args.seed) for i in range(args.questions_per_step)]
+            args.rate = learning_rate(step + 1, args)
+            args.signals.calm = size == 1
+            metrics, groups = train_step(step + 1, batch, policy, reference, helper, tokenizer, optimizer, known, args)
+            step += 1
+            bad = bad + metrics["skipped"] if metrics["skipped"] == args.updates else metrics["skipped"]
+            if bad >= 5:
+                raise ValueError(f"{bad} updates in a row had a gradient that is not finite; the last checkpoint "
+                                 f"is kept in {out}; try a smaller --lr")
+            if args.eval_every and step % args.eval_every == 0:
+                metrics |= held_out_check(held_out, policy, helper, tokenizer, args)
             metrics = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-            log.write(json.dumps(metrics) + "\n")     # NaN is not JSON
-            log.flush()
             history.append(metrics)
+            if rank == 0:
+                with open(out / "metrics.jsonl", "a", encoding="utf-8") as log:
+                    log.write(json.dumps(metrics) + "\n")
             bar.set_postfix(acc=f"{metrics['accuracy']:.2f}", calls=f"{metrics['call_rate']:.2f}",
-                            rho=f"{metrics['rho']:.3f}", n=f"{metrics['asked']:.1f}", len=f"{metrics['length']:.0f}")
+                            rho=f"{metrics['rho']:.3f}", n=f"{metrics['asked'] or 0:.1f}", len=f"{metrics['length']:.0f}",
+                            refresh=False)
+            bar.update()
             if step % 20 == 0:
                 tqdm.write(f"step {step}: {tokenizer.decode(groups[0][0].tokens)}")
             warning = watch(history) if not args.no_teacher else None
@@ -352,12 +449,22 @@ def main():
                 tqdm.write(warning)
                 told = warning
             if step % args.save_every == 0 and step < args.steps:
-                save_checkpoint(out, step, policy, optimizer, source, args)
-    save(policy, out, source)
-    run.finish("grpo", settings(args))
-    for old in [out / "checkpoint.json", *out.glob("checkpoint-*")]:
-        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    print(f"wrote {out}; next: python eval.py --run {run.path}")
+                keep()
+    except KeyboardInterrupt:                  # while sampling: the policy is still that of the last whole step
+        pass
+    bar.close()
+    if step < args.steps:
+        keep()
+        sys.exit(f"grpo.py: stopped after step {step}; go on with --resume")
+    if rank == 0:
+        save(policy, out, source)
+        run.finish("grpo", chosen)
+        for old in [out / "checkpoint.json", *out.glob("checkpoint-*")]:
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    wait_for_all()
+    mean = lambda key: sum(m[key] for m in history[done:]) / max(1, len(history) - done)
+    print(f"wrote {out} ({mean('sample_seconds'):.1f} s a step of sampling, {mean('learn_seconds'):.1f} s of learning); "
+          f"next: python eval.py --run {run.path}")
 
 
 if __name__ == "__main__":

@@ -148,7 +148,8 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden)
+        # Not drawn at random: on load()'s meta device that makes torch import its compiler, 66 MB and two seconds.
+        self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden), freeze=False)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_eps)
         if not config.tied:
@@ -348,7 +349,7 @@ def parse_config(raw, path):
             raise ValueError(f"{path}: {key} is {value!r}, not a positive number")
         return value
 
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}   # transformers 5 and older
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}   # older, and transformers 5, which reads both
     rope = dict(rope) if isinstance(rope, dict) else {"rope_type": rope}
     rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
     needs = {"default": (), "linear": ("factor",), "llama3": (
@@ -365,7 +366,7 @@ def parse_config(raw, path):
         raise ValueError(f"{path}: only full attention in every layer is supported (use_sliding_window, layer_types)")
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported (supported: silu)")
-    theta = raw.get("rope_theta") or rope.get("rope_theta") or 10000.0
+    theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
     if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < 1e30:
         raise ValueError(f"{path}: rope_theta is {theta!r}, not a positive number")
     heads, hidden = number("num_attention_heads"), number("hidden_size")
@@ -389,6 +390,8 @@ def parse_config(raw, path):
 
 def read_safetensors(path):
     """The tensors of a safetensors file, {name: tensor}, memory-mapped: nothing is read before it is used.
+
+    After a header of odd length they lie at addresses that their dtype forbids: copy before computing (see load).
 
     The file: 8 bytes, little-endian, the header's length; the header, JSON: {name: {dtype, shape, data_offsets}};
     then the tensors, end to end without holes. ValueError with one line for everything that departs from it.
@@ -431,8 +434,6 @@ def read_safetensors(path):
         spans.append((begin, end))
         if begin == end:
             tensors[name] = torch.empty(shape, dtype=dtype)
-        elif (start + begin) % dtype.itemsize:   # torch wants aligned memory; a header of odd length gives none
-            tensors[name] = torch.frombuffer(bytearray(data[start + begin:start + end]), dtype=dtype).view(shape)
         else:
             tensors[name] = torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=start + begin).view(shape)
     filled = 0
@@ -477,6 +478,10 @@ def weight_files(path):
     return [path / name for name in sorted(set(names.values()))]
 
 
+def as_bytes(tensor):
+    return tensor.reshape(-1).view(torch.uint8)
+
+
 def load(path, device="cpu", dtype=torch.float32):
     """The model of a directory with config.json and safetensors weights, on `device` in `dtype`.
 
@@ -495,8 +500,11 @@ def load(path, device="cpu", dtype=torch.float32):
             found[name] = tensor
     if "tie_word_embeddings" not in config.raw and "lm_head.weight" not in found:
         config.tied = True
+    head, embed = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
+    if config.tied and None not in (head, embed):   # a copy that is none means, as in transformers 5, not tied
+        config.tied = as_bytes(head).equal(as_bytes(embed))
     if config.tied:
-        found.pop("lm_head.weight", None)       # some checkpoints keep the copy
+        found.pop("lm_head.weight", None)
     found = {name: tensor for name, tensor in found.items() if not name.endswith("rotary_emb.inv_freq")}
     try:
         with torch.device("meta"):              # shapes only, so that a wrong file costs no memory
@@ -510,10 +518,15 @@ def load(path, device="cpu", dtype=torch.float32):
     if faults:
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise ValueError(f"{path}: weights do not fit config.json: {', '.join(faults[:8])}{more}")
-    model = model.to(dtype).to_empty(device=device)
+    for module in model.modules():              # to_empty() would do it, and import 32 MB of torch's compiler
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device)))
     with torch.no_grad():
         for name, view in checkpoint_tensors(model).items():
-            view.copy_(found.pop(name))
+            tensor = found.pop(name)
+            if tensor.data_ptr() % tensor.element_size():   # unaligned: copied byte by byte
+                tensor = as_bytes(tensor).clone().view(tensor.dtype).view(tensor.shape)
+            view.copy_(tensor)
     return model.eval()
 
 
@@ -549,7 +562,7 @@ def save(model, path, source=None):
     def weights(file):
         file.write(struct.pack("<Q", len(text)) + text)
         for t in tensors.values():              # one at a time: no second copy of the model
-            file.write(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            file.write(as_bytes(t.cpu()).numpy().data)
 
     write_beside(path / "model.safetensors", weights)
     if source is not None and Path(source).resolve() != path.resolve():
@@ -557,6 +570,7 @@ def save(model, path, source=None):
             if file.is_file() and "safetensors" not in file.name and file.name != "config.json" and (
                     file.suffix in (".json", ".jinja", ".txt") or file.name == "tokenizer.model"):
                 shutil.copyfile(file, path / file.name)
-    config = dict(model.config.raw, dtype=str(model.embed.weight.dtype).removeprefix("torch."))
+    config = dict(model.config.raw, dtype=str(model.embed.weight.dtype).removeprefix("torch."),
+                  tie_word_embeddings=model.config.tied)   # where it is absent, transformers expects an lm_head
     config.pop("torch_dtype", None)             # the older name of dtype
     write_beside(path / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode() + b"\n"))

@@ -35,7 +35,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from data import INSTRUCTION, Tokenizer, grade, toy_questions
 from model import Cache, load, read_json, write_beside
@@ -450,13 +449,21 @@ class Run:
         """Where a model of this run lies: "slm" and "llm" as given to warmup.py, "warmup" and "grpo" inside."""
         return self.path / self.info.get(name, name)      # an absolute path stays what it is
 
-    def write(self):
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_beside(self.file, lambda file: file.write(json.dumps(self.info, indent=2).encode() + b"\n"))
+    def finished(self, stage, settings):
+        """Is this stage there, with these settings? One with others is not overwritten: ValueError."""
+        there = self.info["stages"].get(stage)
+        if there is None:
+            return False
+        for key in sorted({*there, *settings}):
+            if there.get(key) != settings.get(key):
+                raise ValueError(f"{self.path} holds a finished {stage} with {key} {there.get(key)}, not "
+                                 f"{settings.get(key)}; choose another --run")
+        return True
 
     def finish(self, stage, settings):
         self.info["stages"][stage] = settings
-        self.write()
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_beside(self.file, lambda file: file.write(json.dumps(self.info, indent=2).encode() + b"\n"))
 
     @property
     def toy(self):
@@ -469,7 +476,7 @@ def machine(args, toy=False):
         torch.set_num_threads(1)       # the toy's matrices are too small to share: more threads only wait for each other
     device = args.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):
@@ -490,15 +497,6 @@ def load_pair(slm_path, llm_path, device, dtype):
         if model.config.vocab_size < len(tokenizer.known):
             raise ValueError(f"{path}: {model.config.vocab_size} embeddings for {len(tokenizer.known)} token ids")
     return slm, llm, tokenizer
-
-
-def write_answers(slm, llm, tokenizer, questions, args, label, **options):
-    """relay() over questions with the script's settings and a progress bar."""
-    prompts = [tokenizer.chat(question.text) for question in questions]
-    with tqdm(total=len(prompts), desc=label, unit="answer", dynamic_ncols=True) as bar:
-        return relay(slm, llm, tokenizer, prompts, progress=bar.update, **{
-            "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed,
-            "batch": args.batch, **options})
 
 
 def run_script(main):

@@ -14,18 +14,146 @@ import math
 import multiprocessing
 import os
 import random
+import signal
+import socket
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import distributed
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import Tokenizer, load_questions, save_toy_tokenizer, toy_questions, with_asides
+from data import Tokenizer, load_questions, save_toy_tokenizer, split_of, toy_questions, with_asides
 from model import Transformer, parse_config, save
-from relay import (Run, command, correct, entropy, fill_in, load_pair, log_softmax, machine, parser, positive, run_script,
-                   write_answers)
+from relay import (Run, command, correct, entropy, fill_in, load_pair, log_softmax, machine, parser, positive, relay,
+                   run_script)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shared by both stages: data parallel training. N processes run the same script; each holds both models and takes every
+# N-th question. What they have in common (seeds, order, settings) each computes for itself, so little is sent: rows of
+# metrics, roll-outs where all need all, and the gradient.
+
+
+def world():
+    """(rank of this process, number of processes), from the environment that torchrun or start_processes() sets."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_processes(n):
+    """--gpus n: run this very command line in n processes, one a GPU, and exit with them; in each of them just return.
+
+    If one fails the others are stopped: they would wait for it for ever.
+    """
+    if n == 1 or "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = dict(os.environ, WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    children = [subprocess.Popen([sys.executable, *sys.argv], env=dict(shared, RANK=str(i), LOCAL_RANK=str(i)))
+                for i in range(n)]
+    hear_signals(lambda *_: [child.terminate() for child in children])
+    while any(child.poll() is None for child in children) and not any(child.poll() for child in children):
+        time.sleep(0.1)
+    for child in children:
+        if any(other.poll() for other in children):
+            child.kill()
+    sys.exit(max(abs(child.wait()) for child in children) and 1)
+
+
+def hear_signals(handler):
+    """Ctrl-C, and SIGTERM as schedulers send it."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, handler)
+
+
+def join_processes(device):
+    """Meet the other processes. Only the first one prints."""
+    rank, size = world()
+    if size > 1:
+        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        if rank > 0:
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def add_up(values, device="cpu"):
+    """Numbers, each summed over all processes."""
+    if world()[1] == 1:
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    distributed.all_reduce(sums)
+    return sums.tolist()
+
+
+def gather(part):
+    """The whole list, when process r of N holds items r, r + N, r + 2N, ... of it."""
+    rank, size = world()
+    if size == 1:
+        return part
+    parts = [None] * size
+    distributed.all_gather_object(parts, part)
+    whole = [None] * sum(map(len, parts))
+    for r in range(size):
+        whole[r::size] = parts[r]
+    return whole
+
+
+def wait_for_all():
+    if world()[1] > 1:
+        distributed.barrier()
+
+
+def machine_arguments(p):
+    """The flags of both training stages that say how, not what."""
+    p.add_argument("--gpus", type=positive(int), default=1, help="processes, one a GPU (1); or start with torchrun")
+    p.add_argument("--micro-tokens", type=positive(int), help="tokens that pass the model at once")
+    p.add_argument("--checkpointing", action="store_true", help="keep no activations inside layers: slower, smaller")
+
+
+def check_gpus(p, args):
+    there = torch.cuda.device_count()
+    if args.device == "auto" and 0 < there < args.gpus:
+        p.error(f"--gpus {args.gpus}: this machine has {there}")
+
+
+def settings(args):
+    """What run.json keeps of a stage's arguments: all that can change its result."""
+    how = ("run", "resume", "gpus", "device", "batch", "micro_tokens", "checkpointing", "save_every")
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in how and v is not None}
+
+
+def progress_bar(*args, **options):
+    return tqdm(*args, dynamic_ncols=True, disable=world()[0] > 0, **options)
+
+
+def write_answers(slm, llm, tokenizer, questions, args, label, **options):
+    """relay() over questions with the script's settings and a progress bar; with several processes each writes a share."""
+    rank, size = world()
+    mine = range(rank, len(questions), size)
+    prompts = [tokenizer.chat(questions[i].text) for i in mine]
+    with progress_bar(total=len(prompts), desc=label, unit="answer", leave=label != "check") as bar:
+        return gather(relay(slm, llm, tokenizer, prompts, progress=bar.update, **{
+            "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "batch": args.batch,
+            "seed": [(args.seed, i) for i in mine], **options}))
+
+
+def training_questions(args, toy, stage, count, checks):
+    """(questions to train on, questions for checks on the way): disjoint by a hash of their text, for every seed."""
+    rng = random.Random(f"{stage} {args.seed}")
+    if toy and args.questions is None:
+        return (list(itertools.islice(toy_questions("train", rng, unseen=False), count)),
+                list(itertools.islice(toy_questions("held_out", rng), checks)))
+    if args.questions is None:
+        raise ValueError("real models need --questions FILE")
+    questions = load_questions(args.questions, args.limit)
+    rng.shuffle(questions)
+    held_out = [q for q in questions if split_of(q.text) == "held_out"]
+    return [q for q in questions if split_of(q.text) != "held_out"][:count], held_out[:checks]
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared by both stages: log-probabilities, batches, one optimizer step
@@ -76,7 +204,14 @@ def adamw(model, lr, weight_decay=0.01):
 
 
 def apply_gradient(model, optimizer, lr, clip=1.0):
-    """Clip the gradient to norm `clip`, take one step. Returns the norm before; a non-finite one takes no step."""
+    """Add up the processes' gradients, clip to norm `clip`, take one step.
+
+    Returns the norm before the clip; where it is not finite there is no step.
+    """
+    if world()[1] > 1:
+        for p in model.parameters():           # a process without a token to learn has no gradient of its own
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            distributed.all_reduce(p.grad)
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
     if math.isfinite(norm):
         for group in optimizer.param_groups:
@@ -87,14 +222,18 @@ def apply_gradient(model, optimizer, lr, clip=1.0):
 
 
 def supervised_step(model, optimizer, examples, known, lr, most):
-    """One update of the mean negative log-likelihood over all learned tokens of the batch. Returns (loss, tokens)."""
-    total, loss = sum(sum(e.learn[1:]) for e in examples), 0.0
-    for batch in micro_batches(examples, most):
-        part = -token_logprobs(model, [examples[i] for i in batch], known)[0].sum() / total
+    """One update of the mean negative log-likelihood over all learned tokens of the batch. Returns (loss, tokens).
+
+    examples: the whole batch, the same in every process; each learns its share.
+    """
+    rank, size = world()
+    total, loss, mine = sum(sum(e.learn[1:]) for e in examples), 0.0, examples[rank::size]
+    for batch in micro_batches(mine, most):
+        part = -token_logprobs(model, [mine[i] for i in batch], known)[0].sum() / total
         part.backward()
         loss += part.item()
     apply_gradient(model, optimizer, lr)
-    return loss, total
+    return add_up([loss], known.device)[0], total
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,7 +262,7 @@ def pretrain(name, directory, steps, seed, batch=32, position=0):
     optimizer, known = adamw(model, corpus["lr"]), torch.tensor(tokenizer.known)
     rng = random.Random(f"{name} {seed}")
     questions = toy_questions("train", rng, corpus["rare"], unreliable=corpus["unreliable"])
-    bar = tqdm(range(steps), desc=f"pretrain {name}", position=position, unit="step", dynamic_ncols=True)
+    bar = progress_bar(range(steps), desc=f"pretrain {name}", position=position, unit="step")
     for step in bar:
         examples = []
         for _ in range(batch):
@@ -142,7 +281,7 @@ def pretrain_pair(run, args):
     """Both models at the same time, a process and a core each. What is there already is kept."""
     jobs = []
     for position, (name, steps) in enumerate((("slm", args.slm_steps), ("llm", args.llm_steps))):
-        if f"pretrain {name}" not in run.info["stages"]:
+        if not run.finished(f"pretrain {name}", dict(steps=steps, seed=args.seed)):
             save_toy_tokenizer(run.path / name)
             jobs.append((name, run.path / name, steps, args.seed, 32, position))
     # Freed memory is kept for the next step instead of going back to Linux page by page: a third faster (glibc).
@@ -182,7 +321,7 @@ def warm_up(model, tokenizer, rollouts, args):
     known = torch.tensor(tokenizer.known, device=model.embed.weight.device)
     optimizer = adamw(model, args.lr)
     steps = math.ceil(len(rollouts) / args.batch_size) * args.epochs
-    bar = tqdm(total=steps, desc="warm-up", unit="step", dynamic_ncols=True)
+    bar = progress_bar(total=steps, desc="warm-up", unit="step")
     for epoch in range(args.epochs):
         rng.shuffle(rollouts)
         for start in range(0, len(rollouts), args.batch_size):
@@ -197,8 +336,10 @@ def warm_up(model, tokenizer, rollouts, args):
             bar.update()
 
 
-TOY = dict(temperature=0.7, max_new_tokens=96, samples=3000, epochs=4, lr=2e-3, batch_size=32, max_n=9)
-PAPER = dict(temperature=0.7, max_new_tokens=2048, samples=10000, epochs=1, lr=1e-5, batch_size=16, max_n=9000)
+TOY = dict(temperature=0.7, max_new_tokens=96, samples=3000, epochs=4, lr=2e-3, batch_size=32, max_n=9,
+           micro_tokens=1500)
+PAPER = dict(temperature=0.7, max_new_tokens=2048, samples=10000, epochs=1, lr=1e-5, batch_size=16, max_n=9000,
+             micro_tokens=16384)
 
 
 def arguments():
@@ -210,12 +351,13 @@ def arguments():
     p.add_argument("--batch-size", type=positive(int), help="answers an update")
     p.add_argument("--max-n", type=positive(int), help="longest call that is shown")
     p.add_argument("--check", type=positive(int), default=500, help="questions asked before and after (500)")
-    p.add_argument("--micro-tokens", type=positive(int), default=1500, help="tokens that pass the model at once")
     p.add_argument("--slm-steps", type=positive(int), default=2600, help="toy: pretraining steps of the SLM")
     p.add_argument("--llm-steps", type=positive(int), default=1300, help="toy: pretraining steps of the LLM")
+    machine_arguments(p)
     args = p.parse_args()
     if (args.slm is None) != (args.llm is None):
         p.error("--slm and --llm go together")
+    check_gpus(p, args)
     args.toy = args.slm is None
     if not args.toy and args.questions is None:
         p.error("real models need --questions FILE")
@@ -223,46 +365,43 @@ def arguments():
     return args
 
 
-def settings(args):
-    """What run.json keeps of a stage's arguments."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "run" and v is not None}
+def report(label, questions, rollouts, tokenizer):
+    right = sum(correct(q, r, tokenizer) for q, r in zip(questions, rollouts)) / max(1, len(questions))
+    calls = sum(any(r.by_llm) for r in rollouts) / max(1, len(questions))
+    rho = sum(sum(r.by_llm) for r in rollouts) / max(1, sum(len(r.tokens) for r in rollouts))
+    print(f"{label}: {right:.1%} right, calls in {calls:.0%} of {len(questions)} answers, rho {rho:.1%}")
 
 
 def main():
     args = arguments()
     run = Run(args.run)
-    if (run.path / "warmup" / "config.json").exists() and "warmup" in run.info["stages"]:
-        raise ValueError(f"{run.path} already holds a warm-up; choose another --run, or delete {run.path / 'warmup'}")
+    if run.finished("warmup", settings(args)):
+        print(f"{run.path / 'warmup'} is finished; next: python grpo.py --run {run.path}")
+        return
+    start_processes(args.gpus)
     device, frozen = machine(args, args.toy)
-    if args.toy:
+    join_processes(device)
+    first = world()[0] == 0
+    if args.toy and first:
         pretrain_pair(run, args)
-    else:
+    if not args.toy:
         run.info.update(slm=str(args.slm.resolve()), llm=str(args.llm.resolve()))
     run.info["toy"] = args.toy
+    wait_for_all()
     slm, llm, tokenizer = load_pair(run.directory("slm"), run.directory("llm"), device, frozen)
-
-    rng = random.Random(f"warmup {args.seed}")
-    if args.toy:
-        pool = list(itertools.islice(toy_questions("train", rng, unseen=False), args.samples))
-        check = list(itertools.islice(toy_questions("held_out", rng), args.check))
-    else:
-        pool = load_questions(args.questions, args.limit)
-        rng.shuffle(pool)
-        pool, check = pool[args.check:][:args.samples], pool[:args.check]
+    pool, check = training_questions(args, args.toy, "warmup", args.samples, args.check)
     own = write_answers(slm, None, tokenizer, pool, args, "sample", temperature=1.0)
-    before = write_answers(slm, None, tokenizer, check, args, "before")
+    report("SLM alone", check, write_answers(slm, None, tokenizer, check, args, "before"), tokenizer)
     start = time.perf_counter()
+    slm.checkpointing = args.checkpointing
     warm_up(slm, tokenizer, own, args)
     seconds = time.perf_counter() - start
-    after = write_answers(slm, llm, tokenizer, check, args, "after")
-    save(slm, run.path / "warmup", run.directory("slm"))
-    run.finish("warmup", settings(args))
-    for name, rollouts in (("SLM alone", before), ("warmed up, with the LLM", after)):
-        right = sum(correct(q, r, tokenizer) for q, r in zip(check, rollouts)) / max(1, len(check))
-        calls = sum(any(r.by_llm) for r in rollouts) / max(1, len(check))
-        rho = sum(sum(r.by_llm) for r in rollouts) / max(1, sum(len(r.tokens) for r in rollouts))
-        print(f"{name}: {right:.1%} right, calls in {calls:.0%} of {len(check)} answers, rho {rho:.1%}")
+    report("warmed up, with the LLM", check, write_answers(slm, llm, tokenizer, check, args, "after"), tokenizer)
+    if first:
+        save(slm, run.path / "warmup", run.directory("slm"))
+        run.finish("warmup", settings(args))
     print(f"wrote {run.path / 'warmup'} ({seconds:.0f} s of training); next: python grpo.py --run {run.path}")
+    wait_for_all()
 
 
 if __name__ == "__main__":

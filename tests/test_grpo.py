@@ -43,7 +43,7 @@ def some_rollouts(toy, temperature=1.0):
 
 def settings(**changes):
     return SimpleNamespace(**dict(dict(micro_tokens=1000, temperature=1.0, clip_low=0.2, clip_high=0.3, kl=0.01,
-                                       rate=1e-3), **changes))
+                                       rate=1e-3, loss="token", llm_tokens_in_loss=False), **changes))
 
 
 def test_a_right_answer_without_a_call_makes_calls_dear():
@@ -177,13 +177,10 @@ def test_kl_and_drift_start_at_zero(toy):
 
 def test_a_checkpoint_with_other_settings_is_refused(toy, tmp_path):
     """A run that goes on with another learning rate is two half runs under one name."""
-    from grpo import SETTINGS
-    args = SimpleNamespace(**{key: 1 for key in SETTINGS})
-    save_checkpoint(tmp_path, 4, toy[1], adamw(toy[1], 1e-3), None, args)
-    assert last_checkpoint(tmp_path, args) == (4, tmp_path / "checkpoint-4")
-    args.lr = 2
+    save_checkpoint(tmp_path, 4, toy[1], adamw(toy[1], 1e-3), None, dict(lr=1, seed=1))
+    assert last_checkpoint(tmp_path, dict(lr=1, seed=1)) == (4, tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match="lr 1, not 2"):
-        last_checkpoint(tmp_path, args)
+        last_checkpoint(tmp_path, dict(lr=2, seed=1))
 
 
 def test_a_command_is_the_text_of_the_paper():
@@ -256,10 +253,12 @@ def played(monkeypatch, groups, **changes):
     monkeypatch.setattr(grpo, "correct", lambda question, rollout, tokenizer: bool(rollout.tokens[-1]))
     monkeypatch.setattr(grpo, "update", note)
     args = settings(**dict(dict(group=len(groups[0]), seed=0, max_new_tokens=9, llm_temperature=0.7, batch=None,
-                                reward="difficulty", updates=1, skip_equal=False), **changes))
+                                reward="difficulty", updates=1, skip_equal=False, scale_by_std=True, rho_asked=False,
+                                batch_scenarios=False, signals=SimpleNamespace()), **changes))
     questions = [SimpleNamespace(text="the same text")] * len(groups)
     tokenizer = SimpleNamespace(chat=lambda text: [1])
-    return grpo.train_step(1, questions, None, None, object(), tokenizer, None, None, args)[0], seen
+    known = torch.tensor([True])
+    return grpo.train_step(1, questions, None, None, object(), tokenizer, None, known, args)[0], seen
 
 
 def test_rho_and_calls_count_what_was_delivered_and_not_what_was_asked(monkeypatch):
@@ -304,7 +303,7 @@ def test_groups_of_equal_rewards_are_skipped_only_where_that_is_asked_for(monkey
     metrics, seen = played(monkeypatch, groups, skip_equal=True)
     assert len(seen) == 1 and len(seen[0][0]) == 2 and metrics["equal_groups"] == 0.5
     assert len(played(monkeypatch, groups)[1][0][0]) == 4
-    assert played(monkeypatch, groups[:1], skip_equal=True)[1] == []
+    assert played(monkeypatch, groups[:1], skip_equal=True)[1] == [([], [], [])]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,16 +1,32 @@
-"""Tests of model.py: the forward pass and its cache, and model directories in and out."""
+"""Tests of model.py: the forward pass and its cache, and model directories in and out.
+
+golden/models/ holds tiny random checkpoints of each family and what transformers makes of them (make_golden_model.py
+made it). Where transformers is installed it is asked directly, too. Set RELAYLLM_MODELS to a folder of real
+checkpoints to compare those.
+"""
 import json
 import math
+import os
 import random
 import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import CONFIGS, raw_config, safetensors, shuffled, tiny, tokens_of
-from model import Cache, load, parse_config, read_safetensors, rope_frequencies, save
+from data import Tokenizer, save_toy_tokenizer
+from model import Cache, Transformer, load, parse_config, read_safetensors, rope_frequencies, save
 
 FAMILIES = list(CONFIGS)
+GOLDEN = Path(__file__).parent / "golden" / "models"
+EXPECTED = read_safetensors(GOLDEN / "expected.safetensors")
+CHECKPOINTS = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
+REAL = os.environ.get("RELAYLLM_MODELS")
+REAL = sorted(file.parent for file in Path(REAL).glob("*/config.json")) if REAL else []
 
 
 def edit(path, **changes):
@@ -207,6 +223,10 @@ def test_rope_parameters_mean_what_rope_theta_and_rope_scaling_mean():
     plain = {k: v for k, v in raw_config("qwen3").items() if k != "rope_theta"}
     plain["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
     assert parse_config(plain, "c").rope_theta == 1e6 and parse_config(plain, "c").rope_scaling is None
+    both = plain | {"rope_theta": 7.0}                                       # a leftover; transformers 5 passes it over
+    assert parse_config(both, "c").rope_theta == 1e6
+    both["rope_scaling"] = {"rope_type": "linear", "factor": 2.0}
+    assert parse_config(both, "c").rope_theta == 7.0 and parse_config(both, "c").rope_scaling["factor"] == 2.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,6 +366,8 @@ def test_without_tie_word_embeddings_the_file_decides(tmp_path):
         again = load(tmp_path / family)
         assert again.config.tied == model.config.tied
         assert again(tokens_of(2, 1, 5)).equal(model(tokens_of(2, 1, 5)))
+        save(again, tmp_path / "saved")                                      # transformers takes its absence for False
+        assert json.loads((tmp_path / "saved/config.json").read_text())["tie_word_embeddings"] == model.config.tied
     edit(tmp_path / "qwen3/config.json", tie_word_embeddings=False)
     assert "missing lm_head.weight" in refusal(tmp_path / "qwen3")
 
@@ -355,9 +377,22 @@ def test_copies_that_some_checkpoints_keep_are_passed_over(tmp_path):
     model = tiny("qwen3", dtype=torch.float32)
     save(model, tmp_path)
     tensors = {n: t.clone() for n, t in read_safetensors(tmp_path / "model.safetensors").items()}
-    tensors |= {"lm_head.weight": torch.ones(40, 16), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
+    tensors |= {"lm_head.weight": tensors["model.embed_tokens.weight"],
+                "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
     write_weights(tmp_path / "model.safetensors", tensors)
-    assert load(tmp_path)(tokens_of(2, 1, 5)).equal(model(tokens_of(2, 1, 5)))
+    again = load(tmp_path)
+    assert again.config.tied and again(tokens_of(2, 1, 5)).equal(model(tokens_of(2, 1, 5)))
+
+
+def test_an_output_head_of_its_own_counts_although_the_config_calls_it_tied(tmp_path):
+    """A tied model was trained untied and its config kept: without its head it talks nonsense (transformers 5 agrees)."""
+    model = tiny("qwen3", dtype=torch.float32, tie_word_embeddings=False)
+    save(model, tmp_path)
+    edit(tmp_path / "config.json", tie_word_embeddings=True)
+    again = load(tmp_path)
+    assert again(tokens_of(2, 1, 5)).equal(model(tokens_of(2, 1, 5)))
+    save(again, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 @pytest.mark.parametrize("changes, word", [
@@ -386,6 +421,152 @@ def test_a_directory_without_its_files_is_refused_in_one_line(tmp_path):
     assert "model.safetensors" in refusal(tmp_path)
     (tmp_path / "model.safetensors").mkdir()
     assert "model.safetensors" in refusal(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same numbers as transformers
+
+def distance(ours, theirs):
+    """The greatest difference of two tensors of logits, relative to the greatest logit."""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@torch.no_grad()
+def read_in_pieces(model, tokens):
+    """The logits of one text of 40 tokens, twice: two rows read it through a cache in pieces of their own lengths."""
+    cache, at, out = Cache(model, block=8), [0, 0], [[], []]
+    cache.arrange([0, 1])
+    for counts in ((1, 16), (7, 1), (1, 2), (20, 1), (11, 20)):
+        pieces = [tokens[0, start:start + n] for start, n in zip(at, counts)]
+        logits = model(torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True), cache, list(counts))
+        for row, n in enumerate(counts):
+            out[row].append(logits[row, :n])
+            at[row] += n
+    return torch.stack([torch.cat(row) for row in out])
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_logits_of_a_checkpoint_are_those_of_transformers(name):
+    """A bias forgotten, theta or the scaling of the rotation not found under its older or newer key, halves of q and k
+    swapped, the wrong head: each gives a model that talks, only worse."""
+    model, tokens = load(GOLDEN / name), EXPECTED["tokens"].long()
+    assert distance(model(tokens), EXPECTED[name]) < 1e-5
+    assert distance(read_in_pieces(model, tokens), EXPECTED[name]) < 1e-5
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_transformers_agrees_on_fresh_weights_and_reads_what_we_save(name, tmp_path):
+    """The golden files might be stale; and a model that only we can read is of no use to anybody."""
+    pytest.importorskip("transformers")
+    import make_golden_model as golden
+    golden.make(name, tmp_path / "theirs", seed=100)
+    model, tokens = load(tmp_path / "theirs"), golden.tokens(seed=100)
+    want = golden.logits(tmp_path / "theirs", tokens)
+    assert distance(model(tokens), want) < 1e-5 and distance(read_in_pieces(model, tokens), want) < 1e-5
+    save(model, tmp_path / "ours", tmp_path / "theirs")
+    assert distance(golden.logits(tmp_path / "ours", tokens), want) < 1e-5
+
+
+def test_transformers_loads_the_tokenizer_that_we_copy(tmp_path):
+    """AutoTokenizer wants tokenizer_config.json, and a config.json that it understands."""
+    transformers = pytest.importorskip("transformers")
+    save_toy_tokenizer(tmp_path / "source")
+    save(tiny("qwen3", vocab_size=2000), tmp_path / "out", tmp_path / "source")
+    ours, theirs = Tokenizer(tmp_path / "out"), transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in ("One lamp costs <call>3</call> 7 coins .", "caf\u00e9 \u4f60\u597d\n\n <|im_end|>"):
+        assert ours.encode(text) == theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert ours.chat("What does a lamp cost ?") == theirs.apply_chat_template(
+        [{"role": "user", "content": "What does a lamp cost ?"}], add_generation_prompt=True, return_dict=False)
+
+
+@pytest.mark.skipif(not REAL, reason="RELAYLLM_MODELS names no folder of real checkpoints")
+@pytest.mark.parametrize("path", REAL, ids=lambda path: path.name)
+@torch.no_grad()
+def test_a_real_checkpoint_writes_what_transformers_would_write(path):
+    """Greedy, 200 tokens, three prompts side by side in one cache: each token must be the one that transformers, which
+    reads the whole text at once, finds most likely."""
+    transformers = pytest.importorskip("transformers")
+    model, tokenizer = load(path), Tokenizer(path)
+    texts = [tokenizer.chat(question) for question in (
+        "What is the capital of France?", "Tom has 3 boxes of 12 pens and gives away 7. How many pens are left?",
+        "Write a Python function that returns the n-th Fibonacci number.")]
+    prompts, cache, pending = [len(text) for text in texts], Cache(model), list(texts)
+    cache.arrange([0, 1, 2])
+    for _ in range(200):
+        batch = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in pending], batch_first=True)
+        chosen = model(batch, cache, [len(p) for p in pending], last=True).argmax(-1).tolist()
+        texts, pending = [text + [t] for text, t in zip(texts, chosen)], [[t] for t in chosen]
+    reader = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    for text, start in zip(texts, prompts):
+        want = reader(torch.tensor([text])).logits[0]
+        assert distance(model(torch.tensor([text]))[0], want) < 1e-5
+        assert want[start - 1:-1].argmax(-1).tolist() == text[start:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+WATCH = """
+import sys, threading, time, torch
+from model import load
+torch.set_num_threads(1)
+peak = 0
+
+def anonymous():
+    global peak
+    with open("/proc/self/status") as status:
+        now = next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+    peak = max(peak, now)
+    return now
+
+def watch():
+    while True:
+        anonymous()
+        time.sleep(0.001)
+
+threading.Thread(target=watch, daemon=True).start()
+for path, dtype in zip(sys.argv[1::2], sys.argv[2::2]):
+    before = peak = anonymous()
+    model = load(path, dtype=getattr(torch, dtype))
+    anonymous()
+    print((peak - before) / sum(p.nbytes for p in model.parameters()))
+    del model
+"""
+
+
+def has_anonymous_memory():
+    try:
+        return "RssAnon" in Path("/proc/self/status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not has_anonymous_memory(), reason="only Linux tells a process its anonymous memory")
+def test_loading_needs_no_memory_beyond_the_finished_model():
+    """A second copy of the weights, a float32 copy of bfloat16 ones, or an unaligned file read as a whole: 8B models
+    then need twice the machine. (The first load also imported torch's compiler, 100 MB, to make weights it never used.)
+    Pages of the mapped file do not count: the system takes them back when it likes.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        model = Transformer(parse_config(raw_config("qwen3", vocab_size=8192, hidden_size=1024, head_dim=64,
+                                                    intermediate_size=4096), "c")).initialize(0)
+        assert 1.1e8 < sum(p.nbytes for p in model.parameters()) < 1.6e8
+        save(model, folder / "float32")
+        save(model.bfloat16(), folder / "bfloat16")
+        save(model, folder / "unaligned")
+        whole = (folder / "bfloat16/model.safetensors").read_bytes()
+        length, = struct.unpack_from("<Q", whole)
+        (folder / "unaligned/model.safetensors").write_bytes(
+            struct.pack("<Q", length + 1) + whole[8:8 + length] + b" " + whole[8 + length:])
+        cases = [("float32", "float32"), ("bfloat16", "float32"), ("float32", "bfloat16"), ("unaligned", "float32")]
+        # A fixed threshold makes malloc give the memory of one case back before the next.
+        done = subprocess.run([sys.executable, "-c", WATCH, *(str(x) for path, t in cases for x in (folder / path, t))],
+                              env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}, capture_output=True, text=True,
+                              cwd=Path(__file__).parents[1])
+        assert done.returncode == 0, done.stderr
+        factors = dict(zip(cases, map(float, done.stdout.split())))
+        assert all(0.9 < factor < 1.15 for factor in factors.values()), factors
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -469,6 +650,15 @@ def test_a_tensor_name_cannot_break_the_line(tmp_path):
     tensors = {n: t.clone() for n, t in read_safetensors(tmp_path / "model.safetensors").items()}
     write_weights(tmp_path / "model.safetensors", tensors | {"a\nb": torch.zeros(1)})
     refusal(tmp_path)
+
+
+def test_a_header_over_100_mb_is_refused_before_it_is_read(tmp_path):
+    """The format's limit: JSON of a gigabyte takes ten of memory."""
+    with open(tmp_path / "x", "wb") as file:
+        file.write(struct.pack("<Q", 100_000_001))
+        file.truncate(100_000_100)                  # a hole: it takes no room on the disk
+    with pytest.raises(ValueError, match="header of 100000001 bytes"):
+        read_safetensors(tmp_path / "x")
 
 
 @pytest.mark.parametrize("cut", range(0, 140, 7))

@@ -297,11 +297,12 @@ def test_splits_are_disjoint_for_every_pair_of_seeds():
 
 def facts_of(question):
     """{thing: its fact} as a worked solution states them."""
-    facts = {name: (int(n),) for name, n in re.findall(r"One (\w+) costs (\d+) coins", question.solution)}
-    for name, numbers in re.findall(r"The parts of the (\w+) cost((?: \d+)+) coins", question.solution):
-        facts[name] = tuple(map(int, numbers.split()))
-    assert facts
-    return facts
+    names = [n for n in FACT if re.search(rf"(?: a {n}(?: and| with| set)|\b[2-4] {n}s)\b", question.text)]
+    names.sort(key=lambda n: re.search(rf"\b{n}s?\b", question.text).start())
+    facts = [tuple(map(int, f.split())) for f in re.findall(r"(?:One|first|second|parts) costs?((?: \d+)+) coins",
+                                                            question.solution)]
+    assert len(names) == len(facts) > 0
+    return dict(zip(names, facts))
 
 
 def test_facts_are_the_same_for_every_seed_and_split():
