@@ -361,7 +361,7 @@ class Question:
     """A question as the user asks it, and its gold answer; the toy's carry more."""
     text: str
     answer: str
-    kind: str = ""        # toy: "common", "price" (one rare price), "parts" (a rare set: three prices), "unseen" (either, not trained)
+    kind: str = ""        # toy: "common", "price" (of a rare thing), "parts" (of a rare set), "unseen" (not in training)
     solution: str = ""    # a worked solution
     fact: str = ""        # the text of the fact that the small model lacks
     strict: bool = False  # the response must end by its end-of-text token right after the answer
@@ -376,30 +376,24 @@ RARE = ("zither lute sextant quill kimono tuba gong bonsai harp zodiac puzzle mo
         "crown").split()
 COMMON_SETS = "bike boat kite sled sofa stove swing tent".split()
 RARE_SETS = "bellows carriage chariot gondola kiln loom organ printer pulpit rocket telescope windmill".split()
-UNSEEN = {"trident", "gavel", "veil", "yurt", "pulpit", "kiln"}    # never in a question of either training stage
+UNSEEN = {"trident", "gavel", "veil", "yurt", "kiln", "pulpit"}   # rare things that no question of GRPO's names
 PEOPLE = "Ann Ben Dan Eva Ian Joe Kim Leo Liz Max Mia Pam Ray Sam Tom Zoe".split()
 SPLITS = {"train": range(0, 80), "held_out": range(80, 90), "eval": range(90, 100)}   # of a hash of the text, mod 100
 
-_facts = random.Random("facts")                                    # the same for every --seed
-FACT = {item: (_facts.randint(2, 17),) for item in COMMON + RARE}  # a price: one number
-FACT.update({item: tuple(_facts.randint(1, 9) for _ in range(3)) for item in COMMON_SETS + RARE_SETS})   # three parts
-UNKNOWN = set(RARE + RARE_SETS)                                    # what the small model's corpus is unreliable on
+_facts = random.Random("facts")    # the same for every --seed
+FACT = {item: (_facts.randint(2, 17),) for item in COMMON + RARE}                                     # its price
+FACT.update({item: (_facts.randint(2, 17), _facts.randint(2, 17)) for item in COMMON_SETS + RARE_SETS})   # of two parts
 
 
 def toy_question(rng, rare, unreliable=False):
-    """One shopping problem. rare: name one rare thing, else none. unreliable: its fact is made up."""
-    who = rng.choice(PEOPLE)
-    form = rng.choice(("many", "coupon", "two", "set"))
-    extra = rng.randint(2, 4) if form == "coupon" else rng.randint(2, 9)
+    """One shopping problem. rare: it names one rare thing, else none. unreliable: that thing's fact is made up."""
+    who, form, coupon = rng.choice(PEOPLE), rng.choice(("many", "two", "set")), rng.random() < 0.3
     item = rng.choice((RARE_SETS if rare else COMMON_SETS) if form == "set" else (RARE if rare else COMMON))
-    fact = FACT[item]
-    if rare and unreliable:
-        fact = tuple(rng.randint(1, 9) for _ in fact) if form == "set" else (rng.randint(2, 17),)
-    words = "".join(f" {n}" for n in fact)
-    if form == "set":
-        bought = f"a {item} set"
-        first, total = sum(fact[:2]), sum(fact)
-        steps = f" The parts cost{words} coins. {fact[0]} + {fact[1]} = {first}. {first} + {fact[2]} = {total}."
+    fact = tuple(rng.randint(2, 17) for _ in FACT[item]) if rare and unreliable else FACT[item]
+    if form == "many":
+        k = rng.randint(2, 4)
+        bought, total = f"{k} {item}s", k * fact[0]
+        steps = f" One costs {fact[0]} coins. So {k} cost {k} * {fact[0]} = {total} coins."
     elif form == "two":
         other = rng.choice([name for name in COMMON if name != item])
         pair = [item, other] if rng.random() < 0.5 else [other, item]
@@ -407,10 +401,10 @@ def toy_question(rng, rare, unreliable=False):
         bought, total = f"a {pair[0]} and a {pair[1]}", first + second
         steps = f" The first costs {first} coins. The second costs {second} coins. {first} + {second} = {total}."
     else:
-        k = rng.randint(2, 4)
-        bought, total = f"{k} {item}s", k * fact[0]
-        steps = f" One costs{words} coins. So {k} cost {k} * {fact[0]} = {total} coins."
-    if form == "coupon":
+        bought, total = f"a {item} set", fact[0] + fact[1]
+        steps = f" Its two parts cost {fact[0]} {fact[1]} coins. {fact[0]} + {fact[1]} = {total}."
+    extra = rng.randint(2, 4) if coupon else rng.randint(2, 9)
+    if coupon:
         text, answer = f"{who} buys {bought} with a coupon for {extra} coins.", total - extra
         steps += f" The coupon takes {extra} coins off. {total} - {extra} = {answer}."
     else:
@@ -418,8 +412,8 @@ def toy_question(rng, rare, unreliable=False):
         steps += f" The basket adds {extra} coins. {total} + {extra} = {answer}."
     kind = "common" if not rare else "unseen" if item in UNSEEN else "parts" if form == "set" else "price"
     return Question(f"{text} How many coins does {who} pay?", str(answer), kind,
-                    f"Let us see what {who} pays.{steps} The answer is \\boxed{{{answer}}}", words if rare else "",
-                    strict=True)
+                    f"Let us see what {who} pays.{steps} The answer is \\boxed{{{answer}}}",
+                    "".join(f" {n}" for n in fact) if rare else "", strict=True)
 
 
 def split_of(text):

@@ -6,70 +6,172 @@ Every method answers the same questions, which no stage of training has seen:
     warmup             after stage 1, with the LLM: it can call, but has not learned when
     relay              after stage 2, with the LLM
     relay_no_teacher   the same model with the opening of a command forbidden
+    fixed_N            the same model; each call delivers N tokens, whatever n was asked
+    token_router       no training: where the untouched SLM's next-token entropy exceeds a threshold, its token is
+                       discarded, and the LLM writes until its own entropy is below it (R-Stitch, arXiv 2507.17307)
     llm                the large model, alone
     random_router      whole questions go to the LLM with probability p, the rest to the SLM; p such that it is as
                        accurate as the relay: p = (relay - slm) / (llm - slm) (RelayLLM, section 6)
+    random_router_equal_cost    the same with p = the relay's rho
 
-The relay closes a share p of the gap between the two models, and costs 1 - rho / p less than that router. Accuracies
-come with a 95% interval: the questions are drawn again, 2,000 times, with replacement (percentile bootstrap).
+and, with --all, models that were trained otherwise (VARIANTS below). The relay closes a share p of the gap between the
+two models, and costs 1 - rho / p less than the first router. Accuracies and differences come with a 95% interval: the
+questions are drawn again, 2,000 times, with replacement, the same for all methods (paired percentile bootstrap);
+repeated answers to one question stay together. All counts are of what ran.
 
-For the toy one more line is known: the bound, what calls placed exactly on the unknown facts would cost.
+For the toy one more figure is known: the bound, what calls placed exactly on the unknown facts would cost.
 """
+import hashlib
 import itertools
 import json
 import random
+import time
+from collections import Counter
 
 import numpy as np
 
 from data import load_questions, toy_questions
-from model import load, write_beside
-from relay import Run, command, correct, fill_in, load_pair, machine, parser, run_script
-from warmup import write_answers
+from model import load, weight_files, write_beside
+from relay import COMMAND, Call, Rollout, Run, command, correct, fill_in, load_pair, machine, parser, positive, relay, run_script
+from warmup import progress_bar
 
-TOY = dict(temperature=0.7, max_new_tokens=96, limit=1000)
-PAPER = dict(temperature=0.0, max_new_tokens=8192)
+TOY = dict(temperature=0.7, max_new_tokens=96, limit=1000, fixed=[1, 4, 9])
+PAPER = dict(temperature=0.0, max_new_tokens=8192, fixed=[20, 100, 500])
+THRESHOLDS = [0.05, 0.1, 0.2, 0.4, 0.8, 1.6]     # of the token router, in nats
+VARIANTS = {                                     # directory in the run: the flags of grpo.py that make it
+    "grpo_no_call": "--slm {run}/slm --no-teacher --reward simple",
+    "simple_reward": "--reward simple",
+    "llm_tokens_in_loss": "--llm-tokens-in-loss",
+    "batch_scenarios": "--batch-scenarios",
+    "rho_asked": "--rho-asked",
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers: each is written once, and kept in RUN/eval/answers.jsonl
 
 
-def interval(right, seed=0, draws=2000):
-    """95% percentile bootstrap interval of the mean of `right`, resampled by question."""
-    right = np.asarray(right, dtype=float)
-    picks = np.random.default_rng(seed).integers(0, len(right), (draws, len(right)))
-    low, high = np.quantile(right[picks].mean(axis=1), [0.025, 0.975])
+def fingerprint(directory):
+    """A hash of a model's weights: answers of another model are never taken for this one's."""
+    digest = hashlib.sha256()
+    for path in weight_files(directory):
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+class Answers:
+    """answers.jsonl: a line an answer, under a key of all that decides it. An interrupted evaluation goes on there."""
+
+    def __init__(self, path):
+        self.path, self.known = path, {}
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    record = json.loads(line)
+                    self.known[record["key"]] = record
+                except (ValueError, KeyError, TypeError):
+                    pass                          # the last line of an evaluation that was killed
+
+    def write(self, method, writer, helper, marks, tokenizer, questions, args, **options):
+        """Roll-outs and seconds of `questions`, each args.repeat times. writer, helper: models; marks: fingerprints."""
+        settings = dict(marks=marks, temperature=args.temperature, max_new_tokens=args.max_new_tokens, **options)
+        jobs = []
+        for i, question in enumerate(questions):
+            prompt = tokenizer.chat(question.text)
+            for k in range(args.repeat):
+                seed = (args.seed, i * args.repeat + k)
+                text = json.dumps([settings, seed, prompt], sort_keys=True, default=list)
+                jobs.append((hashlib.sha256(text.encode()).hexdigest(), prompt, seed, i, k))
+        missing = [job for job in jobs if job[0] not in self.known]
+        with progress_bar(total=len(jobs), initial=len(jobs) - len(missing), desc=method, unit="answer") as bar:
+            for start in range(0, len(missing), args.batch):
+                part, before = missing[start:start + args.batch], time.perf_counter()
+                rollouts = relay(writer, helper, tokenizer, [job[1] for job in part], seed=[job[2] for job in part],
+                                 max_new_tokens=args.max_new_tokens, temperature=args.temperature, progress=bar.update,
+                                 **options)
+                seconds = (time.perf_counter() - before) / len(part)
+                with open(self.path, "a", encoding="utf-8") as file:
+                    for (key, _, _, i, k), r in zip(part, rollouts):
+                        self.known[key] = dict(key=key, method=method, question=i, repeat=k, tokens=r.tokens,
+                                               calls=r.calls, end=r.end, cost=r.cost, seconds=seconds)
+                        file.write(json.dumps(self.known[key]) + "\n")
+        rollouts, seconds = [], 0.0
+        for key, prompt, *_ in jobs:
+            record = self.known[key]
+            by_llm, calls = [False] * len(record["tokens"]), [Call(*call) for call in record["calls"]]
+            for call in calls:
+                by_llm[call.position:call.position + call.delivered] = [True] * call.delivered
+            rollouts.append(Rollout(prompt, record["tokens"], by_llm, [], calls, record["end"], record["cost"]))
+            seconds += record["seconds"]
+        return rollouts, seconds
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+DRAWS = 2000
+
+
+def interval(values, statistic=np.mean):
+    """95% percentile bootstrap interval of statistic(values), resampled by question (the last axis)."""
+    values = np.asarray(values, dtype=float)
+    picks = np.random.default_rng(0).integers(0, values.shape[-1], (DRAWS, values.shape[-1]))
+    low, high = np.quantile([statistic(values[..., pick]) for pick in picks], [0.025, 0.975])
     return [float(low), float(high)]
 
 
 def summary(right, rollouts, alone_is_llm=False):
-    """Accuracy, call ratio and length of some answers."""
-    tokens = sum(len(r.tokens) for r in rollouts)
+    """Accuracy, call ratio, calls and length of some answers."""
+    n, tokens = len(rollouts), sum(len(r.tokens) for r in rollouts)
+    by_llm = tokens if alone_is_llm else sum(sum(r.by_llm) for r in rollouts)
     calls = [c for r in rollouts for c in r.calls if c.delivered]
-    return dict(accuracy=sum(right) / len(right), questions=len(right),
-                rho=1.0 if alone_is_llm else sum(sum(r.by_llm) for r in rollouts) / max(1, tokens),
-                call_rate=sum(any(r.by_llm) for r in rollouts) / len(rollouts),
+    return dict(accuracy=float(np.mean(right)), questions=len(right), rho=by_llm / max(1, tokens), llm_tokens=by_llm / n,
+                call_rate=sum(any(r.by_llm) for r in rollouts) / n, calls=len(calls) / n,
                 asked=sum(c.asked for c in calls) / len(calls) if calls else None,
-                length=tokens / len(rollouts), cut=sum(r.end == "length" for r in rollouts) / len(rollouts))
+                length=tokens / n, cut=sum(r.end == "length" for r in rollouts) / n)
 
 
-def result(method, questions, right, rollouts, args):
-    """One row of results.json."""
-    kinds = sorted({q.kind for q in questions if q.kind})
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def result(method, questions, rollouts, tokenizer, args, writer, helper, seconds):
+    """One row of results.json, and whether each answer is right, averaged over repeats, (questions,)."""
+    right = np.array([correct(q, r, tokenizer) for q, r in zip(np.repeat(questions, args.repeat), rollouts)], dtype=float)
+    right, alone = right.reshape(len(questions), args.repeat).mean(axis=1), method == "llm"
     by_kind = {}
-    for kind in kinds:
+    for kind in sorted({q.kind for q in questions if q.kind}):
         chosen = [i for i, q in enumerate(questions) if q.kind == kind]
-        by_kind[kind] = summary([right[i] for i in chosen], [rollouts[i] for i in chosen], method == "llm")
-    return dict(method=method, **summary(right, rollouts, method == "llm"), ci95=interval(right), seed=args.seed,
-                temperature=args.temperature, max_new_tokens=args.max_new_tokens, by_kind=by_kind)
+        answers = [r for i in chosen for r in rollouts[i * args.repeat:(i + 1) * args.repeat]]
+        by_kind[kind] = summary(right[chosen], answers, alone)
+    ran = sum((r.cost["slm_prefill"] + r.cost["slm_decode"]) * parameters(writer)
+              + (r.cost["llm_prefill"] + r.cost["llm_decode"]) * (parameters(helper) if helper else 0) for r in rollouts)
+    row = dict(method=method, **summary(right, rollouts, alone), ci95=interval(right), seed=args.seed,
+               temperature=args.temperature, max_new_tokens=args.max_new_tokens, repeat=args.repeat,
+               parameters_a_token=ran / max(1, sum(len(r.tokens) for r in rollouts)), seconds=seconds, by_kind=by_kind)
+    return row, right
 
 
-def routers(rows):
-    """The random router that is as accurate as the relay, from the measured rows; and the relay's figures against it."""
-    slm, llm, relay = (rows[name]["accuracy"] for name in ("slm", "llm", "relay"))
-    if llm <= slm:
-        return None
-    p = (relay - slm) / (llm - slm)
-    rows["relay"].update(gap_closed=p, cost_reduction=1 - rows["relay"]["rho"] / p if p > 0 else None)
-    low, high = rows["relay"]["ci95"]
-    return dict(method="random_router", accuracy=relay, rho=min(max(p, 0.0), 1.0), ci95=[low, high],
-                **{key: rows["relay"][key] for key in ("questions", "seed", "temperature", "max_new_tokens")})
+def routers(rows, right):
+    """The random router's two rows, from the measured answers; and the relay's figures against it, into its row."""
+    slm, llm, ours = (np.asarray(right[name]) for name in ("slm", "llm", "relay"))
+    relay, gap = rows["relay"], llm.mean() - slm.mean()
+    if gap <= 0:
+        return {}
+    share = lambda v: (v[2].mean() - v[0].mean()) / max(v[1].mean() - v[0].mean(), 1e-9)
+    p, triple = (ours.mean() - slm.mean()) / gap, np.stack([slm, llm, ours])
+    relay.update(gap_closed=float(p), gap_closed_ci95=interval(triple, share))
+    relay["cost_reduction"] = 1 - relay["rho"] / float(p) if p > 0 else None
+    equal_cost = (1 - relay["rho"]) * slm + relay["rho"] * llm        # expected accuracy on each question
+    matched = (1 - p) * slm + p * llm
+    shared = {key: relay[key] for key in ("questions", "seed", "temperature", "max_new_tokens", "repeat")}
+    made = {}
+    for name, expected, cost in (("random_router", matched, min(max(float(p), 0.0), 1.0)),
+                                 ("random_router_equal_cost", equal_cost, relay["rho"])):
+        made[name] = dict(method=name, accuracy=float(expected.mean()), rho=cost, ci95=interval(expected), **shared)
+        right[name] = expected
+    return made
 
 
 def bound(questions, tokenizer):
@@ -82,24 +184,61 @@ def bound(questions, tokenizer):
     return given / tokens
 
 
+def where_calls_happen(questions, rollouts, tokenizer, repeat):
+    """What stands just before the commands (ten most frequent), where they stand, and n by kind of question."""
+    before, place, asked = Counter(), Counter(), {}
+    for i, r in enumerate(rollouts):
+        for call in r.calls:
+            text = COMMAND.sub(b"", b"".join(tokenizer.token_bytes[t] for t in r.tokens[:call.position]))
+            before[" ".join(text.decode("utf-8", "replace").split()[-3:])] += 1
+            place[f"{call.position * 10 // len(r.tokens) * 10}%"] += 1
+            asked.setdefault(questions[i // repeat].kind or "all", Counter())[call.asked] += 1
+    return dict(before=dict(before.most_common(10)), place=dict(sorted(place.items())),
+                asked={kind: dict(sorted(counts.items())) for kind, counts in asked.items()})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
 def table(rows):
-    lines = [f"{'method':18}{'accuracy':>9}  {'95% interval':16}{'rho':>7}{'calls':>7}{'n':>5}{'length':>8}{'cut':>6}"]
+    head = f"{'method':25}{'accuracy':>9}  {'95% interval':15}{'rho':>7}{'calls':>7}{'n':>6}{'length':>8}{'cut':>6}"
+    lines = [head + f"{'parameters':>12}{'seconds':>9}"]
+    base = next((row["seconds"] for row in rows if row["method"] == "llm"), 0) or 1
     for row in rows:
         low, high = row["ci95"]
-        line = f"{row['method']:18}{row['accuracy']:9.1%}  {f'{low:.1%} - {high:.1%}':16}{row['rho']:7.2%}"
+        line = f"{row['method']:25}{row['accuracy']:9.1%}  {f'{low:.1%} - {high:.1%}':15}{row['rho']:7.2%}"
         if "length" in row:
-            asked = f"{row['asked']:.1f}" if row["asked"] else "-"
-            line += f"{row['call_rate']:7.0%}{asked:>5}{row['length']:8.1f}{row['cut']:6.1%}"
+            line += figures(row) + f"{row['parameters_a_token']:12,.0f}{row['seconds'] / base:8.2f}x"
         lines.append(line)
         for kind, part in row.get("by_kind", {}).items():
-            asked = f"{part['asked']:.1f}" if part["asked"] else "-"
-            lines.append(f"  {kind:16}{part['accuracy']:9.1%}  {part['questions']:>7} questions{part['rho']:6.2%}"
-                         f"{part['call_rate']:7.0%}{asked:>5}{part['length']:8.1f}{part['cut']:6.1%}")
+            lines.append(f"  {kind:23}{part['accuracy']:9.1%}  {part['questions']:>5} questions{part['rho']:7.2%}{figures(part)}")
     return "\n".join(lines)
 
 
+def figures(part):
+    asked = f"{part['asked']:.1f}" if part["asked"] else "-"
+    return f"{part['call_rate']:7.0%}{asked:>6}{part['length']:8.1f}{part['cut']:6.1%}"
+
+
+def arguments():
+    p = parser("The table: every method on the same fresh questions.", "python eval.py --run runs/toy")
+    p.add_argument("--repeat", type=positive(int), default=1, help="answers to each question (1; the paper's AIME: 32)")
+    p.add_argument("--fixed", type=positive(int), nargs="+", metavar="N", help="lengths of the fixed_N rows")
+    p.add_argument("--fit", type=positive(int), default=200, help="other questions, to fit the token router on (200)")
+    p.add_argument("--all", action="store_true", help="also the variants of training that are in the run")
+    return p.parse_args()
+
+
+def fit_questions(args, run, toy, questions):
+    """Questions to fit a threshold on: the toy's held-out ones, or of the training file; none that is reported."""
+    if toy:
+        return list(itertools.islice(toy_questions("held_out", random.Random("fit")), args.fit))
+    reported = {q.text for q in questions}
+    return [q for q in load_questions(run.info["stages"]["grpo"]["questions"]) if q.text not in reported][:args.fit]
+
+
 def main():
-    args = parser("The table: every method on the same fresh questions.", "python eval.py --run runs/toy").parse_args()
+    args = arguments()
     run = Run(args.run)
     if "grpo" not in run.info["stages"]:
         raise ValueError(f"{run.path} holds no finished GRPO stage; run: python grpo.py --run {run.path}")
@@ -108,31 +247,73 @@ def main():
         raise ValueError("real models need --questions FILE")
     fill_in(args, TOY if run.toy else PAPER)
     device, dtype = machine(args, run.toy)
-    slm, llm, tokenizer = load_pair(args.slm or run.directory("slm"), args.llm or run.directory("llm"), device, dtype)
-    trained = {name: load(run.path / name, device) for name in ("warmup", "grpo")}
+    paths = dict(slm=args.slm or run.directory("slm"), llm=args.llm or run.directory("llm"),
+                 warmup=run.path / "warmup", relay=run.path / "grpo")
+    for name, flags in VARIANTS.items() if args.all else ():
+        if name in run.info["stages"]:
+            paths[name] = run.path / name
+        else:
+            print(f"{name} is missing; make it: python grpo.py --run {run.path} --variant {name} "
+                  + flags.format(run=run.path))
+    slm, llm, tokenizer = load_pair(paths["slm"], paths["llm"], device, dtype)
+    models = dict(slm=slm, llm=llm) | {name: load(path, device) for name, path in paths.items() if name not in ("slm", "llm")}
+    marks = {name: fingerprint(path) for name, path in paths.items()}
     questions = (list(itertools.islice(toy_questions("eval", random.Random(f"eval {args.seed}")), args.limit)) if toy
                  else load_questions(args.questions, args.limit))
-    methods = dict(slm=(slm, None, {}), warmup=(trained["warmup"], llm, {}), relay=(trained["grpo"], llm, {}),
-                   relay_no_teacher=(trained["grpo"], None, dict(no_calls=True)), llm=(llm, None, {}))
-    rows = {}
-    for method, (writer, helper, options) in methods.items():
-        rollouts = write_answers(writer, helper, tokenizer, questions, args, method, **options)
-        right = [correct(q, r, tokenizer) for q, r in zip(questions, rollouts)]
-        rows[method] = result(method, questions, right, rollouts, args)
-    if router := routers(rows):
-        rows["random_router"] = router
-    out = run.path / "eval" / "results.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_beside(out, lambda file: file.write(json.dumps(list(rows.values()), indent=2).encode() + b"\n"))
-    print(table(rows.values()))
-    relay = rows["relay"]
-    if router:
-        reduction = f"{relay['cost_reduction']:.1%}" if relay["cost_reduction"] is not None else "-"
-        print(f"the relay closes {relay['gap_closed']:.1%} of the gap with {relay['rho']:.2%} of the tokens, "
-              f"{reduction} below the accuracy-matched random router")
+    out = run.path / "eval"
+    out.mkdir(parents=True, exist_ok=True)
+    answers, rows, right, kept = Answers(out / "answers.jsonl"), {}, {}, {}
+
+    def add(method, writer, helper=None, asked=questions, **options):
+        """Write a method's answers, and put its row into the table. Returns the row."""
+        rollouts, seconds = answers.write(method, models[writer], models.get(helper), [marks[writer], marks.get(helper)],
+                                          tokenizer, asked, args, **options)
+        row, hits = result(method, asked, rollouts, tokenizer, args, models[writer], models.get(helper), seconds)
+        if asked is questions:
+            rows[method], right[method], kept[method] = row, hits, rollouts
+        return row
+
+    add("slm", "slm")
+    add("warmup", "warmup", "llm")
+    add("relay", "relay", "llm")
+    add("relay_no_teacher", "relay", no_calls=True)
+    add("llm", "llm")
+    for n in args.fixed:
+        add(f"fixed_{n}", "relay", "llm", fixed=n)
+    for name in VARIANTS:
+        if name in models:
+            add(name, name, None if name == "grpo_no_call" else "llm")
+    # The token router's threshold: on other questions the cheapest that is as accurate as the relay there, or the best
+    other = fit_questions(args, run, toy, questions)
+    sweep = {t: add("token_router", "slm", "llm", other, router=(t, t)) for t in THRESHOLDS}
+    aim = add("relay", "relay", "llm", other)["accuracy"]
+    enough = [t for t in THRESHOLDS if sweep[t]["accuracy"] >= aim]
+    best = (min(enough, key=lambda t: sweep[t]["rho"]) if enough else max(THRESHOLDS, key=lambda t: sweep[t]["accuracy"]))
+    add("token_router", "slm", "llm", router=(best, best))["threshold"] = best
+    rows |= routers(rows, right)
+
+    differences = {}
+    for name in right:
+        if name != "relay":
+            gained = right["relay"] - right[name]
+            differences[name] = dict(accuracy=float(gained.mean()), ci95=interval(gained), rho=rows["relay"]["rho"] - rows[name]["rho"])
+    analysis = dict(relay_minus=differences, calls=where_calls_happen(questions, kept["relay"], tokenizer, args.repeat),
+                    token_router={str(t): dict(accuracy=row["accuracy"], rho=row["rho"]) for t, row in sweep.items()})
     if toy:
-        print(f"bound: calls exactly on the unknown facts would cost rho {bound(questions, tokenizer):.2%}")
-    print(f"wrote {out}; next: python relay.py --run {run.path}")
+        analysis["bound_rho"] = bound(questions, tokenizer)
+    for name, content in (("analysis.json", analysis), ("results.json", list(rows.values()))):
+        write_beside(out / name, lambda file: file.write(json.dumps(content, indent=2).encode() + b"\n"))
+    print(table(rows.values()))
+    ours = rows["relay"]
+    if "gap_closed" in ours:
+        low, high = ours["gap_closed_ci95"]
+        reduction = f"{ours['cost_reduction']:.1%}" if ours["cost_reduction"] is not None else "-"
+        print(f"the relay closes {ours['gap_closed']:.1%} ({low:.1%} - {high:.1%}) of the gap with {ours['rho']:.2%} of the "
+              f"tokens, {reduction} below the accuracy-matched random router")
+    print("before its calls stands: " + ", ".join(f"{text!r} {n}x" for text, n in analysis["calls"]["before"].items()))
+    if toy:
+        print(f"bound: calls exactly on the unknown facts would cost rho {analysis['bound_rho']:.2%}")
+    print(f"wrote {out / 'results.json'}; next: python relay.py --run {run.path}")
 
 
 if __name__ == "__main__":

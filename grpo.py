@@ -13,6 +13,7 @@ token from the LLM costs a little. Tokens that the LLM wrote have no gradient: n
 import json
 import math
 import random
+import re
 import shutil
 import sys
 import time
@@ -252,6 +253,7 @@ def arguments():
     p.add_argument("--llm-tokens-in-loss", action="store_true", help="ablation: learn the LLM's tokens too")
     p.add_argument("--batch-scenarios", action="store_true", help="ablation: the reward's scenario from the whole batch")
     p.add_argument("--rho-asked", action="store_true", help="ablation: rho from the n asked, not from what was delivered")
+    p.add_argument("--variant", metavar="NAME", help="write into RUN/NAME, beside RUN/grpo, for eval.py --all")
     p.add_argument("--eval-every", type=int, help="steps between checks on held-out questions, 0: none (20)")
     p.add_argument("--eval-questions", type=positive(int), default=128, help="questions of a check (128)")
     p.add_argument("--save-every", type=positive(int), default=20, help="steps between checkpoints (20)")
@@ -259,6 +261,9 @@ def arguments():
     machine_arguments(p)
     args = p.parse_args()
     check_gpus(p, args)
+    args.variant = args.variant or "grpo"
+    if not re.fullmatch(r"\w+", args.variant) or args.variant in ("slm", "llm", "warmup", "eval"):
+        p.error(f"--variant {args.variant}: a name of letters and digits, and none that the run uses otherwise")
     return args
 
 
@@ -373,8 +378,8 @@ def main():
     if "warmup" not in run.info["stages"]:
         raise ValueError(f"{run.path} holds no warm-up yet; run: python warmup.py --run {run.path}")
     fill_in(args, TOY if run.toy else PAPER)
-    out, source, chosen = run.path / "grpo", args.slm or run.path / "warmup", settings(args)
-    if "grpo" in run.info["stages"]:
+    out, source, chosen = run.path / args.variant, args.slm or run.path / "warmup", settings(args)
+    if args.variant in run.info["stages"]:
         if args.resume:
             print(f"{out} is finished; next: python eval.py --run {run.path}")
             return
@@ -458,7 +463,7 @@ def main():
         sys.exit(f"grpo.py: stopped after step {step}; go on with --resume")
     if rank == 0:
         save(policy, out, source)
-        run.finish("grpo", chosen)
+        run.finish(args.variant, chosen)
         for old in [out / "checkpoint.json", *out.glob("checkpoint-*")]:
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     wait_for_all()

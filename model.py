@@ -435,7 +435,8 @@ def read_safetensors(path):
         if begin == end:
             tensors[name] = torch.empty(shape, dtype=dtype)
         else:
-            tensors[name] = torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=start + begin).view(shape)
+            flat = torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=start + begin)
+            tensors[name] = flat.view(shape)
     filled = 0
     for begin, end in sorted(spans):
         if begin != filled:
@@ -473,12 +474,14 @@ def weight_files(path):
         return [path / "model.safetensors"]
     index = path / "model.safetensors.index.json"
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(n, str) and n.isprintable() and n == os.path.basename(n) for n in names.values()):
+    if not isinstance(names, dict) or not all(isinstance(n, str) and n.isprintable() and n == os.path.basename(n)
+                                              for n in names.values()):
         raise ValueError(f"{index}: weight_map must map tensors to files of the same directory")
     return [path / name for name in sorted(set(names.values()))]
 
 
 def as_bytes(tensor):
+    """A view of a contiguous tensor, (its size in bytes,) uint8."""
     return tensor.reshape(-1).view(torch.uint8)
 
 
@@ -512,7 +515,8 @@ def load(path, device="cpu", dtype=torch.float32):
     except RuntimeError:
         raise ValueError(f"{path / 'config.json'}: sizes that no machine can hold") from None
     wanted = checkpoint_tensors(model)
-    faults = [f"missing {n}" for n in wanted if n not in found] + [f"surplus {repr(n)[1:-1]}" for n in found if n not in wanted]
+    faults = [f"missing {n}" for n in wanted if n not in found]
+    faults += [f"surplus {repr(n)[1:-1]}" for n in found if n not in wanted]
     faults += [f"{n} is {list(found[n].shape)}, not {list(t.shape)}" for n, t in wanted.items()
                if n in found and found[n].shape != t.shape]
     if faults:

@@ -274,6 +274,9 @@ def pretrain(name, directory, steps, seed, batch=32, position=0):
         loss, tokens = supervised_step(model, optimizer, examples, known, lr, most=1500)
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss:.3f}")
+            parent = multiprocessing.parent_process()
+            if parent and not parent.is_alive():       # killed: nobody is left to note that this model is finished
+                return
     save(model, directory)
 
 
@@ -286,7 +289,7 @@ def pretrain_pair(run, args):
             jobs.append((name, run.path / name, steps, args.seed, 32, position))
     # Freed memory is kept for the next step instead of going back to Linux page by page: a third faster (glibc).
     os.environ.update(MALLOC_MMAP_THRESHOLD_="33554432", MALLOC_TRIM_THRESHOLD_="1073741824")
-    processes = [multiprocessing.get_context("spawn").Process(target=pretrain, args=job) for job in jobs]
+    processes = [multiprocessing.get_context("spawn").Process(target=pretrain, args=job, daemon=True) for job in jobs]
     for process in processes:
         process.start()
     for process in processes:

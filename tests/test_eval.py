@@ -1,30 +1,49 @@
 """The table: intervals, the router that the relay is compared with, the bound."""
 import itertools
 import random
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from data import Tokenizer, save_toy_tokenizer, toy_questions
-from eval import bound, interval, routers, summary
+import eval as eval_module
+from conftest import ByteTokenizer, tiny
+from data import Question, Tokenizer, save_toy_tokenizer, toy_questions
+from eval import Answers, bound, interval, routers, summary, where_calls_happen
 from relay import Call, Rollout
 
 
-def row(accuracy, rho=0.0):
-    return dict(accuracy=accuracy, rho=rho, ci95=[accuracy, accuracy], questions=100, seed=1, temperature=0.7,
-                max_new_tokens=96)
+def row(rho=0.0):
+    return dict(rho=rho, questions=10000, seed=1, temperature=0.7, max_new_tokens=96, repeat=1)
+
+
+def hits(accuracy, n=10000):
+    return np.arange(n) < accuracy * n
 
 
 def test_the_papers_own_figures_give_the_papers_cost_reduction():
     """49.52% against 42.50 and 54.12 at rho 1.07%: 60.4% of the gap, 98.2% cheaper (RelayLLM, section 6)."""
-    rows = dict(slm=row(0.4250), llm=row(0.5412), relay=row(0.4952, 0.0107))
-    router = routers(rows)
-    assert router["rho"] == pytest.approx(0.604, abs=1e-3)
+    rows = dict(relay=row(0.0107))
+    made = routers(rows, dict(slm=hits(0.4250), llm=hits(0.5412), relay=hits(0.4952)))
+    assert made["random_router"]["rho"] == pytest.approx(0.604, abs=1e-3)
+    assert made["random_router"]["accuracy"] == pytest.approx(0.4952)
+    assert rows["relay"]["gap_closed"] == pytest.approx(0.604, abs=1e-3)
     assert rows["relay"]["cost_reduction"] == pytest.approx(0.982, abs=1e-3)
+    equal = made["random_router_equal_cost"]
+    assert equal["rho"] == 0.0107 and 0.4952 - equal["accuracy"] == pytest.approx(0.069, abs=1e-3)   # the paper's 6.9 points
+
+
+def test_the_interval_of_the_gap_is_paired():
+    """Intervals of three independent accuracies would be several times too wide."""
+    rows = dict(relay=row(0.01))
+    slm, llm = hits(0.5, 1000), hits(1.0, 1000)
+    routers(rows, dict(slm=slm, llm=llm, relay=llm))
+    assert rows["relay"]["gap_closed_ci95"] == [1.0, 1.0]
 
 
 def test_without_a_gap_there_is_no_router():
     """A division by zero would end an evaluation of hours."""
-    assert routers(dict(slm=row(0.5), llm=row(0.5), relay=row(0.5))) is None
+    assert routers(dict(relay=row()), dict(slm=hits(0.5), llm=hits(0.5), relay=hits(0.5))) == {}
 
 
 def test_the_interval_holds_the_mean_and_narrows_with_more_questions():
@@ -50,3 +69,65 @@ def test_the_bound_counts_the_facts_that_the_slm_lacks(tmp_path):
     rare = list(itertools.islice(toy_questions("eval", random.Random(0), rare=1.0), 50))
     assert bound(common, tokenizer) == 0
     assert 0 < bound(common + rare, tokenizer) < bound(rare, tokenizer) < 0.05
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers that are kept
+
+ARGS = dict(temperature=1.0, max_new_tokens=8, repeat=2, seed=1, batch=3)
+
+
+@pytest.fixture
+def writer(tmp_path, monkeypatch):
+    """write(**changes) asks two models three questions, twice each: (roll-outs, how many really ran)."""
+    tokenizer = ByteTokenizer(b"<call>2</call>", only=b"abcdef")
+    slm, llm = (tiny("qwen3", seed, vocab_size=len(tokenizer.known)) for seed in (1, 2))
+    ran = []
+    real = eval_module.relay
+    monkeypatch.setattr(eval_module, "relay", lambda *args, **options: ran.append(len(args[3])) or real(*args, **options))
+
+    def write(marks=("a", "b"), options={}, **changes):
+        ran.clear()
+        answers = Answers(tmp_path / "answers.jsonl")
+        rollouts, _ = answers.write("m", slm, llm, list(marks), tokenizer, [Question(t, "1") for t in ("ab", "c", "ab")],
+                                    SimpleNamespace(**dict(ARGS, **changes)), **options)
+        return rollouts, sum(ran)
+
+    write.file = tmp_path / "answers.jsonl"
+    return write
+
+
+def test_an_answer_is_written_once_and_read_back_as_it_was(writer):
+    """A second evaluation of the same must cost nothing and change nothing."""
+    first, ran = writer()
+    again, more = writer()
+    assert ran == 6 and more == 0
+    for a, b in zip(first, again):
+        assert (a.prompt, a.tokens, a.by_llm, a.calls, a.end, a.cost) == (b.prompt, b.tokens, b.by_llm, b.calls, b.end, b.cost)
+    assert any(any(r.by_llm) for r in first) and len({tuple(r.tokens) for r in first}) > 3
+
+
+@pytest.mark.parametrize("changes", [dict(seed=2), dict(temperature=0.5), dict(max_new_tokens=7), dict(marks=("a", "c")),
+                                     dict(options=dict(fixed=3)), dict(options=dict(no_calls=True))])
+def test_an_answer_of_other_settings_is_never_taken_for_this_ones(writer, changes):
+    """A table of last week's checkpoint under this week's name."""
+    writer()
+    assert writer(**changes)[1] == 6
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(writer):
+    """Its last line may be half a line."""
+    whole = [r.tokens for r in writer()[0]]
+    lines = writer.file.read_text().splitlines(keepends=True)
+    writer.file.write_text("".join(lines[:2]) + lines[2][:20])
+    rollouts, ran = writer()
+    assert ran == 4 and [r.tokens for r in rollouts] == whole
+
+
+def test_where_calls_happen_is_counted_by_the_words_before_them():
+    """Commands of their own must not count as words."""
+    tokenizer = ByteTokenizer()
+    text = b"it costs <call>2</call>"
+    r = Rollout([1], list(text) + [49, 49], [False] * len(text) + [True] * 2, calls=[Call(len(text), 2, 2)], end="length")
+    got = where_calls_happen([Question("q", "1", "price")], [r], tokenizer, 1)
+    assert got == dict(before={"it costs": 1}, place={"90%": 1}, asked={"price": {2: 1}})

@@ -1,7 +1,15 @@
 """GRPO: the reward table, advantages, the loss, and what one update does."""
 import copy
 import itertools
+import json
+import os
 import random
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +19,9 @@ import grpo
 from conftest import ByteTokenizer, tiny
 from data import Tokenizer, save_toy_tokenizer, toy_questions
 from grpo import advantages, examples_of, k3, last_checkpoint, policy_loss, rewards, save_checkpoint, simple_rewards, update
-from model import Transformer, parse_config
+from model import Transformer, load, parse_config, save
 from relay import Call, Rollout, command, entropy, log_softmax, relay
-from warmup import adamw, token_logprobs
+from warmup import adamw, join_processes, token_logprobs
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +255,7 @@ def played(monkeypatch, groups, **changes):
 
     def note(policy, reference, optimizer, rollouts, advantage, known, args):
         seen.append((rollouts, advantage.tolist(), [list(r.logprobs) for r in rollouts]))
-        return dict(tokens=1, loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, drift=0.0, norm=0.0)
+        return dict(tokens=1, loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, drift=0.0, norm=changes.get("norm", 0.0))
 
     monkeypatch.setattr(grpo, "relay", lambda *args, **options: [r for group in groups for r in group])
     monkeypatch.setattr(grpo, "correct", lambda question, rollout, tokenizer: bool(rollout.tokens[-1]))
@@ -441,3 +449,163 @@ def test_a_huge_log_ratio_leaves_the_gradient_finite(advantage):
     loss, _ = policy_loss(logprobs, torch.zeros(3), torch.full((3,), advantage))
     (loss + k3(logprobs, torch.zeros(3))).sum().backward()
     assert loss.isfinite().all() and logprobs.grad.isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes, and runs that are killed
+
+def one_step(rank, size, port, out, changes):
+    """In process `rank` of `size`: one train_step() over six questions, rewards made up; the first saves the weights."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    join_processes("cpu")
+    tokenizer = ByteTokenizer(b"<call>2</call>", b"<call>3</call>b", only=b"abcdef")
+    policy, reference, llm = (tiny("qwen3", seed, vocab_size=len(tokenizer.known)) for seed in (1, 2, 3))
+    questions = [SimpleNamespace(text="abcdef"[:1 + i % 5], number=i) for i in range(6)]
+
+    def made_up_score(questions, groups, tokenizer, args):
+        right = torch.tensor([[len(r.tokens) % 2 > 0 for r in group] for group in groups])
+        reward = torch.tensor([[float(len(r.tokens)) if q.number % 2 < args.odd else 0.0 for r in group]
+                               for q, group in zip(questions, groups)])
+        return right, torch.tensor([[any(r.by_llm) for r in group] for group in groups]), reward
+
+    grpo.score = made_up_score
+    args = settings(**dict(dict(group=4, seed=7, max_new_tokens=12, llm_temperature=0.7, batch=None, updates=2, kl=0.1,
+                                skip_equal=True, scale_by_std=True, signals=SimpleNamespace(), odd=2), **changes))
+    metrics, _ = grpo.train_step(3, questions, policy, reference, llm, tokenizer, adamw(policy, 1e-3),
+                                 torch.tensor(tokenizer.known), args)
+    if rank == 0:
+        torch.save((metrics, [p.detach() for p in policy.parameters()]), out)
+    if size > 1:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(odd=1), dict(loss="sequence"), dict(llm_tokens_in_loss=True)])
+def test_two_processes_take_the_same_step_as_one(tmp_path, monkeypatch, changes):
+    """Each dividing by its own token count; or (odd=1) the second, which has nothing to learn, hanging or making NaN."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")                      # put back after the test
+    monkeypatch.setattr(grpo, "score", grpo.score)
+    one_step(0, 1, 0, tmp_path / "1", changes)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(one_step, (2, port, tmp_path / "2", changes), nprocs=2)
+    (alone, one), (together, two) = (torch.load(tmp_path / name, weights_only=True) for name in "12")
+    start = tiny("qwen3", 1, vocab_size=len(ByteTokenizer(b"<call>2</call>", b"<call>3</call>b", only=b"abcdef").known))
+    assert max((a - b).abs().max() for a, b in zip(one, start.parameters())) > 5e-4
+    for a, b in zip(one, two):
+        assert torch.allclose(a, b, rtol=0, atol=1e-9)
+    for key in set(alone) - {"sample_seconds", "learn_seconds", "sampler_learner_difference"}:
+        assert alone[key] == pytest.approx(together[key]), key
+
+
+@pytest.fixture
+def warmed_up(tmp_path):
+    """A run of the toy whose models are tiny and random, ready for grpo.py."""
+    run = tmp_path / "run"
+    for seed, name in enumerate(("slm", "llm", "warmup")):
+        save_toy_tokenizer(run / name)
+        raw = dict(model_type="qwen3", vocab_size=len(Tokenizer(run / name).known), hidden_size=16, intermediate_size=32,
+                   num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True)
+        save(Transformer(parse_config(raw, "tiny")).initialize(seed), run / name)
+    (run / "run.json").write_text(json.dumps(dict(toy=True, stages=dict(warmup={}))))
+    return run
+
+
+def started(run, *flags):
+    script = Path(grpo.__file__)
+    return subprocess.Popen([sys.executable, script, "--run", run, "--steps", "40", "--questions-per-step", "4", "--group",
+                             "4", "--filter-samples", "0", "--pool", "9", "--max-new-tokens", "9", "--save-every", "3",
+                             "--eval-every", "0", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_lines(run, n, process):
+    metrics = run / "grpo" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= n):
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()
+
+
+def test_a_run_that_is_killed_and_stopped_on_the_way_ends_with_the_same_bytes(warmed_up, tmp_path):
+    """A laptop that sleeps, a scheduler that stops the job: the order of questions or a random state would differ."""
+    other = tmp_path / "other"
+    shutil.copytree(warmed_up, other)
+    assert started(other).wait(100) == 0
+    process = started(warmed_up)
+    wait_for_lines(warmed_up, 8, process)
+    process.kill()
+    process.communicate()
+    refused = started(warmed_up)
+    assert "--resume" in refused.communicate(timeout=100)[1] and refused.returncode == 1
+    refused = started(warmed_up, "--lr", "0.5", "--resume")
+    assert "lr 0.001, not 0.5" in refused.communicate(timeout=100)[1] and refused.returncode == 1
+    process = started(warmed_up, "--resume")
+    wait_for_lines(warmed_up, 16, process)
+    process.terminate()
+    process.terminate()
+    errors = process.communicate(timeout=100)[1]
+    assert process.returncode == 1 and "go on with --resume" in errors and "Traceback" not in errors
+    assert started(warmed_up, "--resume").wait(100) == 0
+    assert [json.loads(line)["step"] for line in (warmed_up / "grpo" / "metrics.jsonl").open()] == list(range(1, 41))
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (warmed_up / "grpo" / name).read_bytes() == (other / "grpo" / name).read_bytes()
+    again = started(warmed_up, "--resume")
+    assert "finished" in again.communicate(timeout=100)[0] and again.returncode == 0
+
+
+def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(toy, tmp_path, monkeypatch):
+    """Overwriting the last checkpoint, or naming the new one before it is whole, loses both."""
+    save_toy_tokenizer(tmp_path / "source")
+    calls, real = itertools.count(), os.replace
+
+    def replace(*args):
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        real(*args)
+
+    for at in range(5):
+        out = tmp_path / str(at)
+        out.mkdir()
+        save_checkpoint(out, 1, toy[1], adamw(toy[1], 1e-3), tmp_path / "source", dict(lr=1))
+        monkeypatch.setattr(os, "replace", replace)
+        calls = itertools.count()
+        try:
+            save_checkpoint(out, 2, toy[1], adamw(toy[1], 1e-3), tmp_path / "source", dict(lr=1))
+        except KeyboardInterrupt:
+            pass
+        monkeypatch.setattr(os, "replace", real)
+        step, folder = last_checkpoint(out, dict(lr=1))
+        assert step == (2 if at == 4 else 1)               # four files are moved into place
+        load(folder)
+        grpo.load_optimizer(adamw(toy[1], 1e-3), folder / "optimizer.pt")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"step": 1, "folder": "../slm", "settings": {}}', '{"step": "1"}'])
+def test_a_damaged_or_foreign_checkpoint_is_one_line(tmp_path, text):
+    """A traceback tells nobody what to do; a folder outside the run would be loaded."""
+    (tmp_path / "checkpoint.json").write_text(text)
+    with pytest.raises(ValueError, match="checkpoint.json"):
+        last_checkpoint(tmp_path, {})
+
+
+def test_a_damaged_optimizer_file_is_one_line(toy, tmp_path):
+    """torch raises a different error for each way in which a file can be broken."""
+    file = tmp_path / "optimizer.pt"
+    optimizer = adamw(toy[1], 1e-3)
+    torch.save(optimizer.state_dict(), file)
+    whole = file.read_bytes()
+    for broken in (b"", b"junk", whole[:len(whole) // 2]):
+        file.write_bytes(broken)
+        with pytest.raises(ValueError, match="optimizer.pt"):
+            grpo.load_optimizer(optimizer, file)
+    torch.save(adamw(torch.nn.Linear(2, 2), 1.0).state_dict(), file)
+    with pytest.raises(ValueError, match="optimizer.pt"):
+        grpo.load_optimizer(optimizer, file)
+
+
+def test_updates_without_a_finite_gradient_are_counted(monkeypatch):
+    """A run that silently stands still looks like one that has converged."""
+    groups = [[made_up(True, 0), made_up(False, 0)]]
+    metrics, _ = played(monkeypatch, groups, norm=float("nan"))
+    assert metrics["skipped"] == 1 and played(monkeypatch, groups)[0]["skipped"] == 0

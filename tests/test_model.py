@@ -385,7 +385,7 @@ def test_copies_that_some_checkpoints_keep_are_passed_over(tmp_path):
 
 
 def test_an_output_head_of_its_own_counts_although_the_config_calls_it_tied(tmp_path):
-    """A tied model was trained untied and its config kept: without its head it talks nonsense (transformers 5 agrees)."""
+    """A tied model was trained untied and its config kept: without its head it talks nonsense (so transformers 5)."""
     model = tiny("qwen3", dtype=torch.float32, tie_word_embeddings=False)
     save(model, tmp_path)
     edit(tmp_path / "config.json", tie_word_embeddings=True)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import warmup
-from data import (COMMON, COMMON_SETS, FACT, GPT2_SPLIT, PEOPLE, RARE, RARE_SETS, UNKNOWN, UNSEEN, Tokenizer, regex,
-                  save_toy_tokenizer, toy_questions, with_asides)
+from data import (COMMON, COMMON_SETS, FACT, GPT2_SPLIT, PEOPLE, RARE, RARE_SETS, UNSEEN, Tokenizer, regex,
+                  save_toy_tokenizer, split_of, toy_questions, with_asides)
 from model import Transformer, parse_config
 from relay import COMMAND, Rollout, command, correct, without_commands
 from warmup import Example, adamw, apply_gradient, insert_commands, micro_batches, supervised_step, token_logprobs
@@ -292,7 +292,7 @@ def test_splits_are_disjoint_for_every_pair_of_seeds():
              for split in ("train", "held_out", "eval")}
     for a, b in itertools.combinations(texts, 2):
         assert not texts[a] & texts[b]
-    assert all(len(found) > 400 for found in texts.values())
+    assert all(len(found) > 400 and {split_of(text) for text in found} == {split} for split, found in texts.items())
 
 
 def facts_of(question):
@@ -333,7 +333,7 @@ def test_an_unreliable_corpus_makes_up_rare_facts_and_no_others():
     wrong = total = 0
     for question in some_questions(n=2000, unreliable=True):
         for name, fact in facts_of(question).items():
-            if name in UNKNOWN:
+            if name in RARE + RARE_SETS:
                 wrong, total = wrong + (fact != FACT[name]), total + 1
             else:
                 assert fact == FACT[name]
