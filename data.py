@@ -361,7 +361,7 @@ class Question:
     """A question as the user asks it, and its gold answer; the toy's carry more."""
     text: str
     answer: str
-    kind: str = ""        # toy: "common", "price" (of a rare thing), "parts" (of a rare set), "unseen" (not in training)
+    kind: str = ""        # toy: "common", "rare", or "unseen": rare, and not named in training
     solution: str = ""    # a worked solution
     fact: str = ""        # the text of the fact that the small model lacks
     strict: bool = False  # the response must end by its end-of-text token right after the answer
@@ -369,51 +369,35 @@ class Question:
 
 # --- the toy: shopping problems whose prices are facts ---
 
-COMMON = ("apple bag bell book bowl box brush cake candle card chair comb cup desk door drum fan fig fork hat jar "
+COMMON = ("apple bag bell book boot bowl broom cake candle card chair comb cup desk door drum fan fig fork hat jar "
           "key lamp mat mug nail pan pen pin pot rug spoon").split()
 RARE = ("zither lute sextant quill kimono tuba gong bonsai harp zodiac puzzle mosaic trident sundial monocle goblet "
         "fresco lantern cameo gavel parasol rapier talisman tapestry tiara turban veil violin wig yurt zeppelin "
         "crown").split()
-COMMON_SETS = "bike boat kite sled sofa stove swing tent".split()
-RARE_SETS = "bellows carriage chariot gondola kiln loom organ printer pulpit rocket telescope windmill".split()
-UNSEEN = {"trident", "gavel", "veil", "yurt", "kiln", "pulpit"}   # rare things that no question of GRPO's names
-PEOPLE = "Ann Ben Dan Eva Ian Joe Kim Leo Liz Max Mia Pam Ray Sam Tom Zoe".split()
+UNSEEN = {"trident", "gavel", "veil", "yurt"}    # rare things that neither training stage names
+PEOPLE = "Amy Ann Ben Bob Dan Eva Fay Gus Ian Joe Kim Lea Leo Liz Max Mia Ned Pam Ray Rob Sam Sue Tom Zoe".split()
 SPLITS = {"train": range(0, 80), "held_out": range(80, 90), "eval": range(90, 100)}   # of a hash of the text, mod 100
 
 _facts = random.Random("facts")    # the same for every --seed
-FACT = {item: (_facts.randint(2, 17),) for item in COMMON + RARE}                                     # its price
-FACT.update({item: (_facts.randint(2, 17), _facts.randint(2, 17)) for item in COMMON_SETS + RARE_SETS})   # of two parts
+PRICE = {item: _facts.randint(3, 26) for item in COMMON + RARE}
 
 
 def toy_question(rng, rare, unreliable=False):
-    """One shopping problem. rare: it names one rare thing, else none. unreliable: that thing's fact is made up."""
-    who, form, coupon = rng.choice(PEOPLE), rng.choice(("many", "two", "set")), rng.random() < 0.3
-    item = rng.choice((RARE_SETS if rare else COMMON_SETS) if form == "set" else (RARE if rare else COMMON))
-    fact = tuple(rng.randint(2, 17) for _ in FACT[item]) if rare and unreliable else FACT[item]
-    if form == "many":
-        k = rng.randint(2, 4)
-        bought, total = f"{k} {item}s", k * fact[0]
-        steps = f" One costs {fact[0]} coins. So {k} cost {k} * {fact[0]} = {total} coins."
-    elif form == "two":
-        other = rng.choice([name for name in COMMON if name != item])
-        pair = [item, other] if rng.random() < 0.5 else [other, item]
-        first, second = (fact[0] if name == item else FACT[name][0] for name in pair)
-        bought, total = f"a {pair[0]} and a {pair[1]}", first + second
-        steps = f" The first costs {first} coins. The second costs {second} coins. {first} + {second} = {total}."
-    else:
-        bought, total = f"a {item} set", fact[0] + fact[1]
-        steps = f" Its two parts cost {fact[0]} {fact[1]} coins. {fact[0]} + {fact[1]} = {total}."
-    extra = rng.randint(2, 4) if coupon else rng.randint(2, 9)
-    if coupon:
-        text, answer = f"{who} buys {bought} with a coupon for {extra} coins.", total - extra
+    """One shopping problem, about a rare thing or a common one. unreliable: a rare thing's price is made up."""
+    who, k, item = rng.choice(PEOPLE), rng.randint(2, 3), rng.choice(RARE if rare else COMMON)
+    price = rng.randint(3, 26) if rare and unreliable else PRICE[item]
+    total = k * price
+    steps = f"Let us see what that costs in all. One costs {price} coins. So {k} cost {k} * {price} = {total} coins."
+    extra = rng.randint(2, 5)
+    if rng.random() < 0.5:
+        text, answer = f"{who} buys {k} {item}s with a coupon for {extra} coins.", total - extra
         steps += f" The coupon takes {extra} coins off. {total} - {extra} = {answer}."
     else:
-        text, answer = f"{who} buys {bought} and a basket for {extra} coins.", total + extra
+        text, answer = f"{who} buys {k} {item}s and a basket for {extra} coins.", total + extra
         steps += f" The basket adds {extra} coins. {total} + {extra} = {answer}."
-    kind = "common" if not rare else "unseen" if item in UNSEEN else "parts" if form == "set" else "price"
+    kind = "common" if not rare else "unseen" if item in UNSEEN else "rare"
     return Question(f"{text} How many coins does {who} pay?", str(answer), kind,
-                    f"Let us see what {who} pays.{steps} The answer is \\boxed{{{answer}}}",
-                    "".join(f" {n}" for n in fact) if rare else "", strict=True)
+                    f"{steps} The answer is \\boxed{{{answer}}}", f" {price}" if rare else "", strict=True)
 
 
 def split_of(text):
@@ -487,7 +471,7 @@ def save_toy_tokenizer(path):
     rng = random.Random("tokenizer")
     sample = list(itertools.islice(toy_questions("train", rng), 4000))
     merges = train_bpe([q.text for q in sample] + [q.solution for q in sample] + ["user", "assistant"] * 9
-                       + [f" {n}" for n in range(100)] + [f"<{tag}>{n}</{tag}>" for tag in ("call", *"biqsu") for n in range(100)])
+                       + [f" {n}" for n in range(120)] + [f"<{tag}>{n}</{tag}>" for tag in ("call", *"biqsu") for n in range(100)])
     letter = {byte: char for char, byte in BYTE_OF.items()}
     write = lambda piece: "".join(letter[b] for b in piece)
     tokens = [bytes([b]) for b in range(256)] + [a + b for a, b in merges]

@@ -21,6 +21,7 @@ rows as one batch, because its steps are the dear ones. Whatever a model writes 
 """
 import argparse
 import codecs
+import ctypes
 import json
 import os
 import random
@@ -470,10 +471,22 @@ class Run:
         return self.info.get("toy", False)
 
 
+def small_models():
+    """Settings for models as small as the toy's: one thread, because more would only wait for each other; and glibc
+    keeps freed memory instead of giving it back to Linux page by page at each step, a third of the time."""
+    torch.set_num_threads(1)
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, 1 << 30)      # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 1 << 25)      # M_MMAP_THRESHOLD
+    except (AttributeError, OSError, TypeError):
+        pass                           # another system, another C library
+
+
 def machine(args, toy=False):
     """(device, dtype of frozen models) that --device and --dtype ask for."""
     if toy:
-        torch.set_num_threads(1)       # the toy's matrices are too small to share: more threads only wait for each other
+        small_models()
     device = args.device
     if device == "auto":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -511,47 +524,60 @@ def run_script(main):
         sys.exit(f"{Path(sys.argv[0]).name}: stopped; what earlier stages wrote is kept")
 
 
-def main():
-    p = parser("Show one relay: the LLM's tokens in colour, or in [brackets] when the output is no terminal.",
-               'python relay.py "Dan buys 3 lutes and a basket for 2 coins. How many coins does Dan pay?"')
-    p.add_argument("question", nargs="?", help="default: one of the toy's")
-    args = p.parse_args()
-    run = Run(args.run)
-    if args.slm is None and "warmup" not in run.info["stages"]:
-        raise ValueError(f"{run.path} holds no trained model; run: python warmup.py --run {run.path}, or give --slm, --llm")
-    trained = next((s for s in ("grpo", "warmup") if s in run.info["stages"]), None)
-    device, dtype = machine(args, run.toy)
-    slm, llm, tokenizer = load_pair(args.slm or run.path / trained, args.llm or run.directory("llm"), device, dtype)
-    text = args.question
-    if text is None:
-        text = next(toy_questions("eval", random.Random(args.seed), rare=1.0)).text if run.toy else sys.stdin.read()
-    if not text.strip():
-        raise ValueError("the question is empty")
-    if not run.toy:
-        text += "\n" + INSTRUCTION
-    print(text)
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+def show(text, slm, llm, tokenizer, args, colour):
+    """Print one relay as it is written, the LLM's tokens in colour or in brackets, and then what it cost."""
     marks = ("\033[92m", "\033[0m") if colour else ("[", "]")
     decoders = {writer: codecs.getincrementaldecoder("utf-8")("replace") for writer in (False, True)}
-    state = dict(by_llm=False)
+    last = False
 
-    def show(row, token, by_llm):
-        if by_llm != state["by_llm"]:
+    def show_token(row, token, by_llm):
+        nonlocal last
+        if by_llm != last:
             print(marks[0] if by_llm else marks[1], end="")
-        state["by_llm"] = by_llm
+        last = by_llm
         if token not in tokenizer.end_ids:        # a character of several bytes is shown when it is whole
             print(decoders[by_llm].decode(tokenizer.token_bytes[token]), end="", flush=True)
 
     start = time.perf_counter()
-    rollout, = relay(slm, llm, tokenizer, [tokenizer.chat(text)], seed=args.seed, on_token=show,
-                     max_new_tokens=args.max_new_tokens or (96 if run.toy else 2048),
-                     temperature=0.7 if args.temperature is None else args.temperature)
+    rollout, = relay(slm, llm, tokenizer, [tokenizer.chat(text)], seed=args.seed, on_token=show_token,
+                     max_new_tokens=args.max_new_tokens, temperature=args.temperature)
     seconds, cost = time.perf_counter() - start, rollout.cost
-    print(marks[1] if state["by_llm"] else "")
+    print(marks[1] if last else "")
     again = sum(len(rollout.prompt) + call.position for call in rollout.calls if call.delivered)
     print(f"{len(rollout.tokens)} tokens, {sum(rollout.by_llm)} by the LLM (rho {rollout.rho:.1%}) in "
           f"{len(rollout.calls)} calls; {len(rollout.tokens) / seconds:.0f} tokens/s; the LLM read "
           f"{cost['llm_prefill']} tokens (sending the whole context at each call: about {again})")
+
+
+def main():
+    p = parser("Show one relay: the LLM's tokens in colour, or in [brackets] when the output is no terminal.",
+               'python relay.py "Dan buys 3 lutes and a basket for 2 coins. How many coins does Dan pay?"')
+    p.add_argument("question", nargs="?", help="default: one of the toy's; with real models: standard input")
+    p.add_argument("--interactive", action="store_true", help="ask for questions, a line each, until the input ends")
+    args = p.parse_args()
+    run = Run(args.run)
+    if args.slm is None and "warmup" not in run.info["stages"]:
+        raise ValueError(f"{run.path} holds no trained model; run: python warmup.py --run {run.path}, or give --slm, --llm")
+    fill_in(args, dict(temperature=0.7, max_new_tokens=96 if run.toy else 2048))
+    trained = next((s for s in ("grpo", "warmup") if s in run.info["stages"]), None)
+    device, dtype = machine(args, run.toy)
+    slm, llm, tokenizer = load_pair(args.slm or run.path / trained, args.llm or run.directory("llm"), device, dtype)
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    if args.interactive:
+        questions = iter(lambda: input("question> " if sys.stdin.isatty() else ""), None)
+    elif args.question is not None:
+        questions = [args.question]
+    else:
+        questions = [next(toy_questions("eval", random.Random(args.seed), rare=1.0)).text if run.toy else sys.stdin.read()]
+    try:
+        for text in questions:
+            if text.strip():
+                print(text)
+                show(text if run.toy else f"{text}\n{INSTRUCTION}", slm, llm, tokenizer, args, colour)
+            elif not args.interactive:
+                raise ValueError("the question is empty")
+    except EOFError:
+        pass
 
 
 if __name__ == "__main__":

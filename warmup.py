@@ -30,7 +30,7 @@ from tqdm import tqdm
 from data import Tokenizer, load_questions, save_toy_tokenizer, split_of, toy_questions, with_asides
 from model import Transformer, parse_config, save
 from relay import (Run, command, correct, entropy, fill_in, load_pair, log_softmax, machine, parser, positive, relay,
-                   run_script)
+                   run_script, small_models)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared by both stages: data parallel training. N processes run the same script; each holds both models and takes every
@@ -252,7 +252,7 @@ TOY_CORPUS = {"slm": dict(lr=4e-3, asides=0.4, rare=0.3, unreliable=True),
 
 def pretrain(name, directory, steps, seed, batch=32, position=0):
     """Train one model of the toy pair from scratch on worked solutions and write it into `directory`."""
-    torch.set_num_threads(1)
+    small_models()
     tokenizer = Tokenizer(directory)
     config = parse_config(dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], vocab_size=len(tokenizer.known),
                                max_position_embeddings=512, rope_theta=10000.0, rms_norm_eps=1e-6, hidden_act="silu",
@@ -287,8 +287,6 @@ def pretrain_pair(run, args):
         if not run.finished(f"pretrain {name}", dict(steps=steps, seed=args.seed)):
             save_toy_tokenizer(run.path / name)
             jobs.append((name, run.path / name, steps, args.seed, 32, position))
-    # Freed memory is kept for the next step instead of going back to Linux page by page: a third faster (glibc).
-    os.environ.update(MALLOC_MMAP_THRESHOLD_="33554432", MALLOC_TRIM_THRESHOLD_="1073741824")
     processes = [multiprocessing.get_context("spawn").Process(target=pretrain, args=job, daemon=True) for job in jobs]
     for process in processes:
         process.start()

@@ -62,7 +62,7 @@ def test_rho_pools_tokens_over_answers():
 
 
 def test_the_bound_counts_the_facts_that_the_slm_lacks(tmp_path):
-    """Common facts cost nothing, and a set's fact is as long as its parts are many."""
+    """Common facts cost nothing."""
     save_toy_tokenizer(tmp_path)
     tokenizer = Tokenizer(tmp_path)
     common = list(itertools.islice(toy_questions("eval", random.Random(0), rare=0.0), 50))
@@ -99,12 +99,13 @@ def writer(tmp_path, monkeypatch):
 
 def test_an_answer_is_written_once_and_read_back_as_it_was(writer):
     """A second evaluation of the same must cost nothing and change nothing."""
-    first, ran = writer()
-    again, more = writer()
+    calling = dict(options=dict(router=(0.5, 1e9)))
+    first, ran = writer(**calling)
+    again, more = writer(**calling)
     assert ran == 6 and more == 0
     for a, b in zip(first, again):
         assert (a.prompt, a.tokens, a.by_llm, a.calls, a.end, a.cost) == (b.prompt, b.tokens, b.by_llm, b.calls, b.end, b.cost)
-    assert any(any(r.by_llm) for r in first) and len({tuple(r.tokens) for r in first}) > 3
+    assert any(any(r.by_llm) for r in first) and len({tuple(r.tokens) for r in first}) > 2
 
 
 @pytest.mark.parametrize("changes", [dict(seed=2), dict(temperature=0.5), dict(max_new_tokens=7), dict(marks=("a", "c")),
