@@ -154,24 +154,24 @@ def result(method, questions, rollouts, tokenizer, args, writer, helper, seconds
 
 
 def routers(rows, right):
-    """The random router's two rows, from the measured answers; and the relay's figures against it, into its row."""
-    slm, llm, ours = (np.asarray(right[name]) for name in ("slm", "llm", "relay"))
-    relay, gap = rows["relay"], llm.mean() - slm.mean()
-    if gap <= 0:
-        return {}
-    share = lambda v: (v[2].mean() - v[0].mean()) / max(v[1].mean() - v[0].mean(), 1e-9)
-    p, triple = (ours.mean() - slm.mean()) / gap, np.stack([slm, llm, ours])
-    relay.update(gap_closed=float(p), gap_closed_ci95=interval(triple, share))
-    relay["cost_reduction"] = 1 - relay["rho"] / float(p) if p > 0 else None
-    equal_cost = (1 - relay["rho"]) * slm + relay["rho"] * llm        # expected accuracy on each question
-    matched = (1 - p) * slm + p * llm
+    """The random router's two rows, from the measured answers; and the relay's figures against it, into its row.
+
+    Without a gap between SLM and LLM there is nothing to close: the router sends nothing to the LLM.
+    """
+    slm, llm, ours = (np.asarray(right[name], dtype=float) for name in ("slm", "llm", "relay"))
+    relay, p = rows["relay"], 0.0
+    relay.update(gap_closed=None, gap_closed_ci95=None, cost_reduction=None)
+    if llm.mean() > slm.mean():
+        share = lambda v: (v[2].mean() - v[0].mean()) / max(v[1].mean() - v[0].mean(), 1e-9)
+        everything = np.stack([slm, llm, ours])
+        p = float(share(everything))
+        relay.update(gap_closed=p, gap_closed_ci95=interval(everything, share),
+                     cost_reduction=1 - relay["rho"] / p if p > 0 else None)
+    p = min(max(p, 0.0), 1.0)
     shared = {key: relay[key] for key in ("questions", "seed", "temperature", "max_new_tokens", "repeat")}
-    made = {}
-    for name, expected, cost in (("random_router", matched, min(max(float(p), 0.0), 1.0)),
-                                 ("random_router_equal_cost", equal_cost, relay["rho"])):
-        made[name] = dict(method=name, accuracy=float(expected.mean()), rho=cost, ci95=interval(expected), **shared)
-        right[name] = expected
-    return made
+    for name, cost in (("random_router", p), ("random_router_equal_cost", relay["rho"])):
+        right[name] = (1 - cost) * slm + cost * llm                 # its expected accuracy on each question
+        rows[name] = dict(method=name, accuracy=float(right[name].mean()), rho=cost, ci95=interval(right[name]), **shared)
 
 
 def bound(questions, tokenizer):
@@ -290,7 +290,7 @@ def main():
     enough = [t for t in THRESHOLDS if sweep[t]["accuracy"] >= aim]
     best = (min(enough, key=lambda t: sweep[t]["rho"]) if enough else max(THRESHOLDS, key=lambda t: sweep[t]["accuracy"]))
     add("token_router", "slm", "llm", router=(best, best))["threshold"] = best
-    rows |= routers(rows, right)
+    routers(rows, right)
 
     differences = {}
     for name in right:
@@ -305,7 +305,7 @@ def main():
         write_beside(out / name, lambda file: file.write(json.dumps(content, indent=2).encode() + b"\n"))
     print(table(rows.values()))
     ours = rows["relay"]
-    if "gap_closed" in ours:
+    if ours["gap_closed"] is not None:
         low, high = ours["gap_closed_ci95"]
         reduction = f"{ours['cost_reduction']:.1%}" if ours["cost_reduction"] is not None else "-"
         print(f"the relay closes {ours['gap_closed']:.1%} ({low:.1%} - {high:.1%}) of the gap with {ours['rho']:.2%} of the "

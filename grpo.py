@@ -222,7 +222,7 @@ def filter_questions(questions, llm, tokenizer, args):
 
 # What the presets differ in. The toy samples at 0.7, where its few calls stand out and its text is nearly free of
 # slips; its learning rate rises over `ramp` steps and falls to 0; it skips groups of equal rewards (seconds of work).
-TOY = dict(temperature=0.7, max_new_tokens=96, steps=80, questions_per_step=16, group=16, lr=1e-3, updates=1,
+TOY = dict(temperature=0.7, max_new_tokens=96, steps=60, questions_per_step=16, group=16, lr=1e-3, updates=1,
            pool=640, filter_samples=2, decay=True, ramp=20, skip_equal=True, micro_tokens=3000, eval_every=20)
 PAPER = dict(temperature=1.0, max_new_tokens=8192, steps=100, questions_per_step=128, group=8, lr=1e-6, updates=4,
              pool=17000, filter_samples=10, decay=False, ramp=1, skip_equal=False, micro_tokens=16384, eval_every=20)
@@ -467,9 +467,10 @@ def main():
         for old in [out / "checkpoint.json", *out.glob("checkpoint-*")]:
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     wait_for_all()
-    mean = lambda key: sum(m[key] for m in history[done:]) / max(1, len(history) - done)
-    print(f"wrote {out} ({mean('sample_seconds'):.1f} s a step of sampling, {mean('learn_seconds'):.1f} s of learning); "
-          f"next: python eval.py --run {run.path}")
+    tokens = sum(m["length"] for m in history[done:]) * args.questions_per_step * args.group
+    rate = lambda key: tokens / max(1e-9, sum(m[key] for m in history[done:]))
+    print(f"sampled {rate('sample_seconds'):,.0f} tokens/s, learned {rate('learn_seconds'):,.0f} tokens/s")
+    print(f"wrote {out}; next: python eval.py --run {run.path}")
 
 
 if __name__ == "__main__":

@@ -413,6 +413,17 @@ def positive(kind):
     return number
 
 
+def at_least_zero(text):
+    """An argparse type: 0 or more."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError
+    return value
+
+
+at_least_zero.__name__ = "number of 0 or more"
+
+
 def parser(description, example):
     """An argument parser with the flags that every script has, spelled once."""
     p = Parser(description=description, epilog=f"example: {example}",
@@ -423,7 +434,7 @@ def parser(description, example):
     p.add_argument("--questions", type=Path, metavar="FILE", help="questions, .jsonl or .json (default: the toy's)")
     p.add_argument("--limit", type=positive(int), metavar="N", help="at most N questions")
     p.add_argument("--seed", type=int, default=1, help="for sampling, initialization and order (1)")
-    p.add_argument("--temperature", type=float, metavar="T", help="the SLM's sampling temperature; 0 is greedy")
+    p.add_argument("--temperature", type=at_least_zero, metavar="T", help="the SLM's sampling temperature; 0 is greedy")
     p.add_argument("--max-new-tokens", type=positive(int), metavar="N", help="budget of a response, in tokens")
     p.add_argument("--batch", type=positive(int), default=256, metavar="ROWS", help="roll-outs decoded at once (256)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")

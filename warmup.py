@@ -252,6 +252,8 @@ TOY_CORPUS = {"slm": dict(lr=4e-3, asides=0.4, rare=0.3, unreliable=True),
 
 def pretrain(name, directory, steps, seed, batch=32, position=0):
     """Train one model of the toy pair from scratch on worked solutions and write it into `directory`."""
+    if multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)       # Ctrl-C is the parent's, which ends this process with itself
     small_models()
     tokenizer = Tokenizer(directory)
     config = parse_config(dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], vocab_size=len(tokenizer.known),
@@ -263,6 +265,7 @@ def pretrain(name, directory, steps, seed, batch=32, position=0):
     rng = random.Random(f"{name} {seed}")
     questions = toy_questions("train", rng, corpus["rare"], unreliable=corpus["unreliable"])
     bar = progress_bar(range(steps), desc=f"pretrain {name}", position=position, unit="step")
+    start, read = time.perf_counter(), 0
     for step in bar:
         examples = []
         for _ in range(batch):
@@ -271,13 +274,16 @@ def pretrain(name, directory, steps, seed, batch=32, position=0):
             prompt = tokenizer.chat(question.text)
             examples.append(Example(prompt + answer + [tokenizer.end_id], [False] * len(prompt) + learn + [True]))
         lr = corpus["lr"] * (1 - step / steps) * min(1, (step + 1) / 50)
-        loss, tokens = supervised_step(model, optimizer, examples, known, lr, most=1500)
+        loss, _ = supervised_step(model, optimizer, examples, known, lr, most=1500)
+        read += sum(len(e.tokens) for e in examples)
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss:.3f}")
             parent = multiprocessing.parent_process()
             if parent and not parent.is_alive():       # killed: nobody is left to note that this model is finished
                 return
     save(model, directory)
+    bar.close()
+    tqdm.write(f"pretrained the {name.upper()}: {read / (time.perf_counter() - start):,.0f} tokens/s")
 
 
 def pretrain_pair(run, args):
@@ -352,8 +358,8 @@ def arguments():
     p.add_argument("--batch-size", type=positive(int), help="answers an update")
     p.add_argument("--max-n", type=positive(int), help="longest call that is shown")
     p.add_argument("--check", type=positive(int), default=500, help="questions asked before and after (500)")
-    p.add_argument("--slm-steps", type=positive(int), default=2600, help="toy: pretraining steps of the SLM")
-    p.add_argument("--llm-steps", type=positive(int), default=1300, help="toy: pretraining steps of the LLM")
+    p.add_argument("--slm-steps", type=positive(int), default=2200, help="toy: pretraining steps of the SLM")
+    p.add_argument("--llm-steps", type=positive(int), default=1000, help="toy: pretraining steps of the LLM")
     machine_arguments(p)
     args = p.parse_args()
     if (args.slm is None) != (args.llm is None):
@@ -391,17 +397,19 @@ def main():
     wait_for_all()
     slm, llm, tokenizer = load_pair(run.directory("slm"), run.directory("llm"), device, frozen)
     pool, check = training_questions(args, args.toy, "warmup", args.samples, args.check)
+    start = time.perf_counter()
     own = write_answers(slm, None, tokenizer, pool, args, "sample", temperature=1.0)
+    print(f"sampled {sum(len(r.tokens) for r in own) / (time.perf_counter() - start):,.0f} tokens/s")
     report("SLM alone", check, write_answers(slm, None, tokenizer, check, args, "before"), tokenizer)
     start = time.perf_counter()
     slm.checkpointing = args.checkpointing
     warm_up(slm, tokenizer, own, args)
-    seconds = time.perf_counter() - start
+    print(f"learned {args.epochs * sum(len(r.tokens) for r in own) / (time.perf_counter() - start):,.0f} tokens/s")
     report("warmed up, with the LLM", check, write_answers(slm, llm, tokenizer, check, args, "after"), tokenizer)
     if first:
         save(slm, run.path / "warmup", run.directory("slm"))
         run.finish("warmup", settings(args))
-    print(f"wrote {run.path / 'warmup'} ({seconds:.0f} s of training); next: python grpo.py --run {run.path}")
+    print(f"wrote {run.path / 'warmup'}; next: python grpo.py --run {run.path}")
     wait_for_all()
 
 

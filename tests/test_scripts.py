@@ -1,0 +1,127 @@
+"""The scripts as a user meets them: a whole tiny run, and what they say to a user's mistake."""
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import relay as relay_module
+from relay import run_script
+
+HERE = Path(relay_module.__file__).parent
+
+
+def script(name, *flags):
+    out = subprocess.run([sys.executable, HERE / name, *flags], capture_output=True, text=True, encoding="utf-8", timeout=170)
+    assert out.returncode == 0, out.stderr[-2000:]
+    return out.stdout
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A whole run of the toy, all stages as short as can be: (its directory, what the scripts printed)."""
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    said = [script("warmup.py", "--run", run, "--slm-steps", "3", "--llm-steps", "2", "--samples", "12", "--epochs", "1",
+                   "--check", "6", "--max-new-tokens", "30"),
+            script("grpo.py", "--run", run, "--gpus", "1", "--steps", "3", "--questions-per-step", "3", "--group", "3", "--pool",
+                   "7", "--filter-samples", "0", "--max-new-tokens", "30", "--eval-every", "2", "--eval-questions", "4"),
+            script("eval.py", "--run", run, "--limit", "9", "--fit", "3", "--max-new-tokens", "30"),
+            script("relay.py", "--run", run, "--max-new-tokens", "30")]
+    return run, said
+
+
+def test_the_four_scripts_make_a_whole_run(run):
+    """Each stage alone passes its tests; what one writes the next must read."""
+    run, said = run
+    stages = json.loads((run / "run.json").read_text())["stages"]
+    assert set(stages) == {"pretrain slm", "pretrain llm", "warmup", "grpo"}
+    metrics = [json.loads(line) for line in (run / "grpo" / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == [1, 2, 3] and "eval_accuracy" in metrics[1] and "eval_accuracy" not in metrics[0]
+    for name in ("slm", "llm", "warmup", "grpo"):
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in (run / name).iterdir()}
+    assert not list((run / "grpo").glob("checkpoint*"))
+    for i, words in enumerate((["SLM alone:", "calls in", "next: python grpo.py"], ["no GPU is used: running on the CPU", "next:"],
+                               ["random_router", "bound:", "next:"], ["tokens/s", "by the LLM"])):
+        assert all(word in said[i] for word in words), said[i]
+
+
+def test_every_row_of_the_table_has_every_key(run):
+    """Scripts read results.json by its keys."""
+    rows = json.loads((run[0] / "eval" / "results.json").read_text())
+    methods = [row["method"] for row in rows]
+    assert len(set(methods)) == len(methods)
+    assert {"slm", "warmup", "relay", "relay_no_teacher", "llm", "token_router"} <= set(methods)
+    for row in rows:
+        assert {"method", "accuracy", "rho", "ci95", "questions", "seed", "temperature"} <= set(row)
+        assert row["questions"] == 9 and 0 <= row["ci95"][0] <= row["accuracy"] <= row["ci95"][1] <= 1
+
+
+def test_a_second_evaluation_gives_the_same_table(run):
+    """Its answers are those of the first, read back."""
+    before = (run[0] / "eval" / "results.json").read_bytes()
+    script("eval.py", "--run", run[0], "--limit", "9", "--fit", "3", "--max-new-tokens", "30")
+    assert (run[0] / "eval" / "results.json").read_bytes() == before
+
+
+def test_a_run_can_be_moved(run, tmp_path):
+    """Paths inside a run are relative."""
+    moved = run[0].rename(tmp_path / "moved")
+    assert "by the LLM" in script("relay.py", "--run", moved, "--max-new-tokens", "5")
+    moved.rename(run[0])
+
+
+def fails(monkeypatch, capsys, name, *flags):
+    """(exit code, the error's text) of a script, run in this process."""
+    monkeypatch.setattr(sys, "argv", [name + ".py", *map(str, flags)])
+    with pytest.raises(SystemExit) as exit:
+        run_script(importlib.import_module(name).main)
+    code = exit.value.code
+    text = code if isinstance(code, str) else capsys.readouterr().err
+    assert text.count("\n") <= 1 and text.startswith(name)
+    return 1 if isinstance(code, str) else code, text
+
+
+@pytest.mark.parametrize("name", ["warmup", "grpo", "eval", "relay"])
+@pytest.mark.parametrize("flags", [["--nonsense"], ["--limit", "0"], ["--limit", "x"], ["--temperature", "hot"],
+                                   ["--temperature", "-1"], ["--temperature", "nan"], ["--dtype", "int8"], ["--batch", "-1"]])
+def test_a_wrong_argument_is_one_line_and_exit_code_2(monkeypatch, capsys, name, flags):
+    """Not a traceback, and not half an hour later."""
+    code, text = fails(monkeypatch, capsys, name, *flags)
+    assert code == 2 and flags[0] in text and "--help" in text
+
+
+@pytest.mark.parametrize("name, flags, word", [
+    ("grpo", [], "warmup.py"), ("eval", [], "grpo.py"), ("relay", ["why?"], "warmup.py"),
+    ("warmup", ["--slm", "nowhere", "--llm", "nowhere", "--questions", "q.jsonl"], "nowhere"),
+])
+def test_what_is_missing_is_named_with_what_to_do(monkeypatch, capsys, tmp_path, name, flags, word):
+    """grpo before warmup, a directory that is not there: exit code 1, and nothing is made."""
+    monkeypatch.chdir(tmp_path)
+    code, text = fails(monkeypatch, capsys, name, *flags)
+    assert code == 1 and word in text and not list(tmp_path.iterdir())
+
+
+def test_nothing_that_is_there_is_overwritten(monkeypatch, capsys, run):
+    """An afternoon of training is lost by one repeated command."""
+    run = run[0]
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    code, text = fails(monkeypatch, capsys, "warmup", "--run", run, "--slm-steps", "3", "--llm-steps", "2", "--samples", "13")
+    assert code == 1 and "samples" in text
+    code, text = fails(monkeypatch, capsys, "grpo", "--run", run)
+    assert code == 1 and "already" in text
+    code, text = fails(monkeypatch, capsys, "relay", "--run", run, " ")
+    assert code == 1 and "empty" in text
+    code, text = fails(monkeypatch, capsys, "relay", "--run", run, "why? " * 1000)
+    assert code == 1 and "context" in text
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_a_finished_stage_says_so(monkeypatch, capsys, run):
+    """The same command again is no mistake."""
+    for name, flags in (("warmup", ["--slm-steps", "3", "--llm-steps", "2", "--samples", "12", "--epochs", "1", "--check", "6",
+                                    "--max-new-tokens", "30"]), ("grpo", ["--resume"])):
+        monkeypatch.setattr(sys, "argv", [name + ".py", "--run", str(run[0]), *flags])
+        run_script(importlib.import_module(name).main)
+        assert "finished" in capsys.readouterr().out
