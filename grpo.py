@@ -22,9 +22,9 @@ from functools import lru_cache
 import torch
 from tqdm import tqdm
 
-from model import load, read_json, save, write_beside
+from model import Transformer, load, read_json, save, write_beside
 from relay import Run, correct, fill_in, load_pair, machine, parser, positive, relay, run_script
-from warmup import (Example, adamw, add_up, apply_gradient, check_gpus, hear_signals, join_processes, machine_arguments,
+from warmup import (HEAD, Example, adamw, add_up, apply_gradient, check_gpus, hear_signals, join_processes, machine_arguments,
                     micro_batches, progress_bar, settings, start_processes, token_logprobs, training_questions,
                     wait_for_all, world, write_answers)
 
@@ -220,12 +220,37 @@ def filter_questions(questions, llm, tokenizer, args):
     return kept
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What it needs
+
+def memory_needed(slm, llm, args, llm_bytes=2):
+    """{what: bytes} of a training step, from two Configs; "peak" is the sum of what is there at the same time.
+
+    The policy has float32 weights, a gradient and Adam's two averages (16 bytes a parameter), the reference float32
+    weights. Caches and activations take turns. Activations are what the backward pass keeps of args.micro_tokens tokens:
+    counted from the operations of model.Layer, in float32, attention itself without its (T, T) weights.
+    """
+    with torch.device("meta"):
+        small, large = (sum(p.numel() for p in Transformer(config).parameters()) for config in (slm, llm))
+    rows = min(args.batch, args.questions_per_step * args.group)
+    cache = lambda c, size: 2 * c.layers * c.kv_heads * c.head_dim * size * rows * (args.prompt_tokens + args.max_new_tokens)
+    q, kv = slm.heads * slm.head_dim, slm.kv_heads * slm.head_dim
+    inside = 6 * slm.hidden + 8 * q + 8 * kv + 5 * slm.ffn                  # floats a token and layer
+    kept = slm.hidden * slm.layers + inside if args.checkpointing else inside * slm.layers
+    head = 4 * 4 * min(args.micro_tokens * slm.vocab_size, HEAD)            # one chunk: logits, log-softmax, their slopes
+    parts = dict(policy=16 * small, reference=4 * small, llm=llm_bytes * large,
+                 caches=cache(slm, 4) + cache(llm, llm_bytes), learning=4 * args.micro_tokens * kept + head)
+    return parts | dict(peak=parts["policy"] + parts["reference"] + parts["llm"] + max(parts["caches"], parts["learning"]))
+
+
 # What the presets differ in. The toy samples at 0.7, where its few calls stand out and its text is nearly free of
 # slips; its learning rate rises over `ramp` steps and falls to 0; it skips groups of equal rewards (seconds of work).
 TOY = dict(temperature=0.7, max_new_tokens=96, steps=60, questions_per_step=16, group=16, lr=1e-3, updates=1,
-           pool=640, filter_samples=2, decay=True, ramp=20, skip_equal=True, micro_tokens=3000, eval_every=20)
+           pool=640, filter_samples=2, decay=True, ramp=20, skip_equal=True, micro_tokens=3000,
+           checkpointing=False, eval_every=20)
 PAPER = dict(temperature=1.0, max_new_tokens=8192, steps=100, questions_per_step=128, group=8, lr=1e-6, updates=4,
-             pool=17000, filter_samples=10, decay=False, ramp=1, skip_equal=False, micro_tokens=16384, eval_every=20)
+             pool=17000, filter_samples=10, decay=False, ramp=1, skip_equal=False, micro_tokens=16384,
+             checkpointing=True, eval_every=20)
 
 
 def arguments():

@@ -9,6 +9,7 @@ result. Because the answers are its own, right or wrong, what it knows does not 
 With no --slm and --llm the pair is the toy's, and stage 0 trains it here from scratch, a process and a core each. What
 both stages need stands first: log-probabilities of chosen tokens, micro-batches, one optimizer step.
 """
+import argparse
 import itertools
 import math
 import multiprocessing
@@ -111,7 +112,8 @@ def machine_arguments(p):
     """The flags of both training stages that say how, not what."""
     p.add_argument("--gpus", type=positive(int), default=1, help="processes, one a GPU (1); or start with torchrun")
     p.add_argument("--micro-tokens", type=positive(int), help="tokens that pass the model at once")
-    p.add_argument("--checkpointing", action="store_true", help="keep no activations inside layers: slower, smaller")
+    p.add_argument("--checkpointing", action=argparse.BooleanOptionalAction,
+                   help="compute activations inside layers again in the backward pass: slower, smaller (toy no, paper yes)")
 
 
 def check_gpus(p, args):
@@ -177,11 +179,14 @@ def micro_batches(examples, most):
     return batches + [batch] if batch else batches
 
 
-def token_logprobs(model, examples, known, temperature=1.0, entropies=False, chunk=2048):
+HEAD = 2**26      # logits in memory at once
+
+
+def token_logprobs(model, examples, known, temperature=1.0, entropies=False, chunk=None):
     """Log-probabilities of all learned tokens, (N,), example by example, and the entropies there (N,), no gradient.
 
-    Only the positions that predict a learned token pass the output head, `chunk` at a time, and each chunk's logits are
-    computed again in the backward pass: with a vocabulary of 152k, logits of a whole batch would not fit.
+    Only the positions that predict a learned token pass the output head, `chunk` at a time (default: HEAD logits), and
+    each chunk's logits are computed again in the backward pass: with a vocabulary of 152k those of a batch would not fit.
     """
     device = model.embed.weight.device
     width = max(len(e.tokens) for e in examples)
@@ -194,6 +199,7 @@ def token_logprobs(model, examples, known, temperature=1.0, entropies=False, chu
         logprobs = log_softmax(model.logits(hidden), known, temperature)
         return logprobs.gather(-1, targets[:, None])[:, 0], entropy(logprobs.detach()) if entropies else None
 
+    chunk = chunk or max(1, HEAD // model.config.vocab_size)
     parts = list(zip(hidden.split(chunk), targets.split(chunk)))
     parts = [head(*part) if len(parts) == 1 else checkpoint(head, *part, use_reentrant=False) for part in parts]
     return torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts]) if entropies else None
@@ -246,7 +252,7 @@ TOY_SIZES = {
                 num_key_value_heads=2, head_dim=16),
 }
 # lr, share of texts with asides, share of texts that name rare things, are their facts made up
-TOY_CORPUS = {"slm": dict(lr=4e-3, asides=0.4, rare=0.3, unreliable=True),
+TOY_CORPUS = {"slm": dict(lr=4e-3, asides=0.4, rare=0.5, unreliable=True),
               "llm": dict(lr=3e-3, asides=0.1, rare=0.5, unreliable=False)}
 
 
@@ -344,9 +350,9 @@ def warm_up(model, tokenizer, rollouts, args):
 
 
 TOY = dict(temperature=0.7, max_new_tokens=96, samples=3000, epochs=4, lr=2e-3, batch_size=32, max_n=9,
-           micro_tokens=1500)
+           micro_tokens=1500, checkpointing=False)
 PAPER = dict(temperature=0.7, max_new_tokens=2048, samples=10000, epochs=1, lr=1e-5, batch_size=16, max_n=9000,
-             micro_tokens=16384)
+             micro_tokens=16384, checkpointing=True)
 
 
 def arguments():

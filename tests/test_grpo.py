@@ -461,19 +461,25 @@ def one_step(rank, size, port, out, changes):
     join_processes("cpu")
     tokenizer = ByteTokenizer(b"<call>2</call>", b"<call>3</call>b", only=b"abcdef")
     policy, reference, llm = (tiny("qwen3", seed, vocab_size=len(tokenizer.known)) for seed in (1, 2, 3))
+    with torch.no_grad():
+        for model in (policy, reference, llm):
+            model.embed.weight.mul_(0.3)                   # roll-outs of many lengths
+    start = [p.detach().clone() for p in policy.parameters()]
     questions = [SimpleNamespace(text="abcdef"[:1 + i % 5], number=i) for i in range(6)]
 
     def made_up_score(questions, groups, tokenizer, args):
         right = torch.tensor([[len(r.tokens) % 2 > 0 for r in group] for group in groups])
-        reward = torch.tensor([[float(len(r.tokens)) if q.number % 2 < args.odd else 0.0 for r in group]
+        reward = torch.tensor([[float(sum(r.tokens) % 7) if q.number % 2 < args.odd else 0.0 for r in group]
                                for q, group in zip(questions, groups)])
         return right, torch.tensor([[any(r.by_llm) for r in group] for group in groups]), reward
 
     grpo.score = made_up_score
     args = settings(**dict(dict(group=4, seed=7, max_new_tokens=12, llm_temperature=0.7, batch=None, updates=2, kl=0.1,
                                 skip_equal=True, scale_by_std=True, signals=SimpleNamespace(), odd=2), **changes))
-    metrics, _ = grpo.train_step(3, questions, policy, reference, llm, tokenizer, adamw(policy, 1e-3),
-                                 torch.tensor(tokenizer.known), args)
+    metrics, groups = grpo.train_step(3, questions, policy, reference, llm, tokenizer, adamw(policy, 1e-3),
+                                      torch.tensor(tokenizer.known), args)
+    assert len({len(r.tokens) for group in groups for r in group}) > 2
+    assert max((p - old).abs().max() for p, old in zip(policy.parameters(), start)) > 5e-4
     if rank == 0:
         torch.save((metrics, [p.detach() for p in policy.parameters()]), out)
     if size > 1:
@@ -492,8 +498,6 @@ def test_two_processes_take_the_same_step_as_one(tmp_path, monkeypatch, changes)
         port = probe.getsockname()[1]
     torch.multiprocessing.spawn(one_step, (2, port, tmp_path / "2", changes), nprocs=2)
     (alone, one), (together, two) = (torch.load(tmp_path / name, weights_only=True) for name in "12")
-    start = tiny("qwen3", 1, vocab_size=len(ByteTokenizer(b"<call>2</call>", b"<call>3</call>b", only=b"abcdef").known))
-    assert max((a - b).abs().max() for a, b in zip(one, start.parameters())) > 5e-4
     for a, b in zip(one, two):
         assert torch.allclose(a, b, rtol=0, atol=1e-9)
     for key in set(alone) - {"sample_seconds", "learn_seconds", "sampler_learner_difference"}:
