@@ -5,9 +5,11 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +21,8 @@ import grpo
 from conftest import ByteTokenizer, tiny
 from data import Tokenizer, save_toy_tokenizer, toy_questions
 from grpo import advantages, examples_of, k3, last_checkpoint, policy_loss, rewards, save_checkpoint, simple_rewards, update
-from model import Transformer, load, parse_config, save
-from relay import Call, Rollout, command, entropy, log_softmax, relay
+from model import Config, Transformer, load, parse_config, save
+from relay import Call, Rollout, command, entropy, log_softmax, relay, small_models
 from warmup import adamw, join_processes, token_logprobs
 
 
@@ -613,3 +615,78 @@ def test_updates_without_a_finite_gradient_are_counted(monkeypatch):
     groups = [[made_up(True, 0), made_up(False, 0)]]
     metrics, _ = played(monkeypatch, groups, norm=float("nan"))
     assert metrics["skipped"] == 1 and played(monkeypatch, groups)[0]["skipped"] == 0
+
+
+def test_two_processes_started_by_the_script_train_one_run(warmed_up):
+    """--gpus 2 without GPUs runs two processes on the CPU and says so; only one of them writes."""
+    process = started(warmed_up, "--gpus", "2", "--eval-every", "20", "--eval-questions", "5")
+    said, errors = process.communicate(timeout=150)
+    assert process.returncode == 0, errors
+    assert "CPU, 2 processes" in said and said.count("wrote") == 1
+    assert [json.loads(line)["step"] for line in (warmed_up / "grpo" / "metrics.jsonl").open()] == list(range(1, 41))
+    load(warmed_up / "grpo")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the list of children from Linux's /proc")
+def test_a_process_that_dies_ends_the_others(warmed_up):
+    """The others would wait for it in the next sum over processes, for ever."""
+    process = started(warmed_up, "--gpus", "2", "--steps", "10000")
+    wait_for_lines(warmed_up, 3, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def test_more_gpus_than_there_are_is_one_line(monkeypatch, capsys):
+    """Found out by the second process only, it would be a traceback among others."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--gpus", "2"])
+    with pytest.raises(SystemExit) as exit:
+        grpo.arguments()
+    assert exit.value.code == 2 and "this machine has 1" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+def anonymous_memory():
+    """Bytes of this process that no file backs (Linux)."""
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+
+def measure_a_learning_step():
+    """Run in a fresh process: prints the measured peak of two updates and what memory_needed() says, in bytes."""
+    small_models()
+    config = Config(vocab_size=9000, hidden=192, ffn=512, layers=5, heads=6, kv_heads=2, head_dim=32)
+    args = settings(micro_tokens=1500, checkpointing=False, batch=256, questions_per_step=4, group=2, prompt_tokens=8,
+                    max_new_tokens=180)
+    before = anonymous_memory()
+    policy, reference = (Transformer(config).initialize(0) for _ in range(2))
+    optimizer, known = adamw(policy, 1e-5), torch.ones(config.vocab_size, dtype=torch.bool)
+    rollouts = [Rollout([1] * 8, list(range(180)), [False] * 180, [-9.0] * 180) for _ in range(8)]
+    most, done = 0, threading.Event()
+
+    def watch():
+        nonlocal most
+        while not done.wait(0.002):
+            most = max(most, anonymous_memory())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    for _ in range(2):
+        update(policy, reference, optimizer, rollouts, torch.randn(8), known, args)
+    done.set()
+    thread.join()
+    needed = grpo.memory_needed(config, config, args, llm_bytes=0)
+    print(most - before, needed["policy"] + needed["reference"] + needed["learning"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its own memory from Linux's /proc")
+def test_the_memory_of_a_learning_step_is_what_the_function_says():
+    """A table of what fits which GPU is worth nothing when nobody has measured it."""
+    out = subprocess.run([sys.executable, "-c", "import conftest, test_grpo; test_grpo.measure_a_learning_step()"], text=True,
+                         cwd=Path(__file__).parent, capture_output=True, timeout=120)
+    measured, said = map(int, out.stdout.split())
+    assert measured == pytest.approx(said, rel=0.25), out.stderr
