@@ -471,7 +471,8 @@ def save_toy_tokenizer(path):
     rng = random.Random("tokenizer")
     sample = list(itertools.islice(toy_questions("train", rng), 4000))
     merges = train_bpe([q.text for q in sample] + [q.solution for q in sample] + ["user", "assistant"] * 9
-                       + [f" {n}" for n in range(120)] + [f"<{tag}>{n}</{tag}>" for tag in ("call", *"biqsu") for n in range(100)])
+                       + [f" {n}" for n in range(120)]
+                       + [f"<{tag}>{n}</{tag}>" for tag in ("call", *"biqsu") for n in range(100)])
     letter = {byte: char for char, byte in BYTE_OF.items()}
     write = lambda piece: "".join(letter[b] for b in piece)
     tokens = [bytes([b]) for b in range(256)] + [a + b for a, b in merges]

@@ -21,7 +21,9 @@ repeated answers to one question stay together. All counts are of what ran.
 
 For the toy one more figure is known: the bound, what calls placed exactly on the unknown facts would cost.
 """
+import base64
 import hashlib
+import html
 import itertools
 import json
 import random
@@ -32,7 +34,8 @@ import numpy as np
 
 from data import load_questions, toy_questions
 from model import load, weight_files, write_beside
-from relay import COMMAND, Call, Rollout, Run, command, correct, fill_in, load_pair, machine, parser, positive, relay, run_script
+from relay import (COMMAND, Call, Rollout, Run, command, correct, fill_in, load_pair, machine, parser, positive, relay,
+                   run_script)
 from warmup import progress_bar
 
 TOY = dict(temperature=0.7, max_new_tokens=96, limit=1000, fixed=[1, 4, 9])
@@ -126,8 +129,8 @@ def summary(right, rollouts, alone_is_llm=False):
     n, tokens = len(rollouts), sum(len(r.tokens) for r in rollouts)
     by_llm = tokens if alone_is_llm else sum(sum(r.by_llm) for r in rollouts)
     calls = [c for r in rollouts for c in r.calls if c.delivered]
-    return dict(accuracy=float(np.mean(right)), questions=len(right), rho=by_llm / max(1, tokens), llm_tokens=by_llm / n,
-                call_rate=sum(any(r.by_llm) for r in rollouts) / n, calls=len(calls) / n,
+    return dict(accuracy=float(np.mean(right)), questions=len(right), rho=by_llm / max(1, tokens),
+                llm_tokens=by_llm / n, call_rate=sum(any(r.by_llm) for r in rollouts) / n, calls=len(calls) / n,
                 asked=sum(c.asked for c in calls) / len(calls) if calls else None,
                 length=tokens / n, cut=sum(r.end == "length" for r in rollouts) / n)
 
@@ -138,15 +141,16 @@ def parameters(model):
 
 def result(method, questions, rollouts, tokenizer, args, writer, helper, seconds):
     """One row of results.json, and whether each answer is right, averaged over repeats, (questions,)."""
-    right = np.array([correct(q, r, tokenizer) for q, r in zip(np.repeat(questions, args.repeat), rollouts)], dtype=float)
-    right, alone = right.reshape(len(questions), args.repeat).mean(axis=1), method == "llm"
+    right = [correct(questions[i // args.repeat], r, tokenizer) for i, r in enumerate(rollouts)]
+    right, alone = np.reshape(right, (len(questions), args.repeat)).mean(axis=1), method == "llm"
     by_kind = {}
     for kind in sorted({q.kind for q in questions if q.kind}):
         chosen = [i for i, q in enumerate(questions) if q.kind == kind]
         answers = [r for i in chosen for r in rollouts[i * args.repeat:(i + 1) * args.repeat]]
         by_kind[kind] = summary(right[chosen], answers, alone)
-    ran = sum((r.cost["slm_prefill"] + r.cost["slm_decode"]) * parameters(writer)
-              + (r.cost["llm_prefill"] + r.cost["llm_decode"]) * (parameters(helper) if helper else 0) for r in rollouts)
+    small, large = parameters(writer), parameters(helper) if helper else 0
+    ran = sum((r.cost["slm_prefill"] + r.cost["slm_decode"]) * small
+              + (r.cost["llm_prefill"] + r.cost["llm_decode"]) * large for r in rollouts)
     row = dict(method=method, **summary(right, rollouts, alone), ci95=interval(right), seed=args.seed,
                temperature=args.temperature, max_new_tokens=args.max_new_tokens, repeat=args.repeat,
                parameters_a_token=ran / max(1, sum(len(r.tokens) for r in rollouts)), seconds=seconds, by_kind=by_kind)
@@ -171,11 +175,12 @@ def routers(rows, right):
     shared = {key: relay[key] for key in ("questions", "seed", "temperature", "max_new_tokens", "repeat")}
     for name, cost in (("random_router", p), ("random_router_equal_cost", relay["rho"])):
         right[name] = (1 - cost) * slm + cost * llm                 # its expected accuracy on each question
-        rows[name] = dict(method=name, accuracy=float(right[name].mean()), rho=cost, ci95=interval(right[name]), **shared)
+        rows[name] = dict(method=name, accuracy=float(right[name].mean()), rho=cost, ci95=interval(right[name]),
+                          **shared)
 
 
 def bound(questions, tokenizer):
-    """rho if one call on each unknown fact delivered that fact and nothing else, and the rest were as in the solution."""
+    """rho if a call on each unknown fact delivered that fact and nothing else, and the rest were as in the solution."""
     given, tokens = 0, 0
     for q in questions:
         fact = len(tokenizer.encode(q.fact))
@@ -211,7 +216,8 @@ def table(rows):
             line += figures(row) + f"{row['parameters_a_token']:12,.0f}{row['seconds'] / base:8.2f}x"
         lines.append(line)
         for kind, part in row.get("by_kind", {}).items():
-            lines.append(f"  {kind:23}{part['accuracy']:9.1%}  {part['questions']:>5} questions{part['rho']:7.2%}{figures(part)}")
+            lines.append(f"  {kind:23}{part['accuracy']:9.1%}  {part['questions']:>5} questions{part['rho']:7.2%}"
+                         + figures(part))
     return "\n".join(lines)
 
 
@@ -220,12 +226,65 @@ def figures(part):
     return f"{part['call_rate']:7.0%}{asked:>6}{part['length']:8.1f}{part['cut']:6.1%}"
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures, and a page that holds everything
+
+def plot(rows, sweep, metrics, path):
+    """Accuracy against the LLM's share of tokens, and the learning curves. Needs matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    top, *curves = figure.subplot_mosaic("aaa;bcd", height_ratios=[3, 2]).values()
+    ends = [(rows[name]["rho"], rows[name]["accuracy"]) for name in ("slm", "llm")]
+    xs = np.geomspace(1e-4, 1, 200)
+    top.plot(xs, ends[0][1] + xs * (ends[1][1] - ends[0][1]), color="grey", label="random router")
+    points = sorted((row["rho"], row["accuracy"]) for row in sweep.values())
+    top.plot(*zip(*points), ".:", color="tab:green", label="token router, swept")
+    for name, row in rows.items():
+        if not name.startswith("random"):
+            low, high = row["ci95"]
+            bar = [[max(0, row["accuracy"] - low)], [max(0, high - row["accuracy"])]]
+            top.errorbar([max(row["rho"], 1e-4)], [row["accuracy"]], yerr=bar, fmt="o", capsize=3, label=name)
+    top.set(xscale="log", xlabel="share of tokens by the LLM (none: at the left edge)", ylabel="accuracy")
+    top.legend(fontsize=8, ncols=2)
+    steps = [m["step"] for m in metrics]
+    for axes, key in zip(curves, ("accuracy", "rho", "length")):
+        axes.plot(steps, [m[key] for m in metrics])
+        axes.set(title=f"{key} in training", xlabel="step")
+    figure.savefig(path, dpi=110)
+
+
+def page(rows, questions, rollouts, tokenizer, picture):
+    """One self-contained HTML page: the table, the picture, some roll-outs with the LLM's tokens marked."""
+    parts = ["<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+             "<title>RelayLLM</title><style>body{font:16px/1.5 sans-serif;max-width:60em;margin:auto;padding:1em}"
+             "pre{overflow-x:auto;font-size:13px}img{max-width:100%}mark{background:#9e9}p{overflow-wrap:anywhere}"
+             "</style>"
+             f"<h1>RelayLLM</h1><pre>{html.escape(table(rows))}</pre>"]
+    if picture.exists():
+        data = base64.b64encode(picture.read_bytes()).decode()
+        parts.append(f"<img alt='accuracy against cost' src='data:image/png;base64,{data}'>")
+    parts.append("<h2>Roll-outs of the relay</h2><p>Marked: what the large model wrote.</p>")
+    for question, rollout in list(zip(questions, rollouts))[:20]:
+        right = "right" if correct(question, rollout, tokenizer) else "wrong"
+        parts.append(f"<p><b>{html.escape(question.text)}</b> ({html.escape(question.kind)} {right})<br>")
+        for by_llm, run in itertools.groupby(zip(rollout.tokens, rollout.by_llm), key=lambda pair: pair[1]):
+            text = html.escape(tokenizer.decode([token for token, _ in run]))
+            parts.append(f"<mark>{text}</mark>" if by_llm else text)
+        parts.append("</p>")
+    return "".join(parts) + "</html>\n"
+
+
 def arguments():
     p = parser("The table: every method on the same fresh questions.", "python eval.py --run runs/toy")
     p.add_argument("--repeat", type=positive(int), default=1, help="answers to each question (1; the paper's AIME: 32)")
     p.add_argument("--fixed", type=positive(int), nargs="+", metavar="N", help="lengths of the fixed_N rows")
     p.add_argument("--fit", type=positive(int), default=200, help="other questions, to fit the token router on (200)")
     p.add_argument("--all", action="store_true", help="also the variants of training that are in the run")
+    p.add_argument("--plot", action="store_true", help="draw RUN/eval/plot.png (needs matplotlib)")
+    p.add_argument("--html", action="store_true", help="write RUN/eval/index.html: table, picture, roll-outs")
     return p.parse_args()
 
 
@@ -256,7 +315,8 @@ def main():
             print(f"{name} is missing; make it: python grpo.py --run {run.path} --variant {name} "
                   + flags.format(run=run.path))
     slm, llm, tokenizer = load_pair(paths["slm"], paths["llm"], device, dtype)
-    models = dict(slm=slm, llm=llm) | {name: load(path, device) for name, path in paths.items() if name not in ("slm", "llm")}
+    models = {name: load(path, device) for name, path in paths.items() if name not in ("slm", "llm")}
+    models |= dict(slm=slm, llm=llm)
     marks = {name: fingerprint(path) for name, path in paths.items()}
     questions = (list(itertools.islice(toy_questions("eval", random.Random(f"eval {args.seed}")), args.limit)) if toy
                  else load_questions(args.questions, args.limit))
@@ -266,8 +326,9 @@ def main():
 
     def add(method, writer, helper=None, asked=questions, **options):
         """Write a method's answers, and put its row into the table. Returns the row."""
-        rollouts, seconds = answers.write(method, models[writer], models.get(helper), [marks[writer], marks.get(helper)],
-                                          tokenizer, asked, args, **options)
+        used = [marks[writer], marks.get(helper)]
+        rollouts, seconds = answers.write(method, models[writer], models.get(helper), used, tokenizer, asked, args,
+                                          **options)
         row, hits = result(method, asked, rollouts, tokenizer, args, models[writer], models.get(helper), seconds)
         if asked is questions:
             rows[method], right[method], kept[method] = row, hits, rollouts
@@ -288,7 +349,8 @@ def main():
     sweep = {t: add("token_router", "slm", "llm", other, router=(t, t)) for t in THRESHOLDS}
     aim = add("relay", "relay", "llm", other)["accuracy"]
     enough = [t for t in THRESHOLDS if sweep[t]["accuracy"] >= aim]
-    best = (min(enough, key=lambda t: sweep[t]["rho"]) if enough else max(THRESHOLDS, key=lambda t: sweep[t]["accuracy"]))
+    best = (min(enough, key=lambda t: sweep[t]["rho"]) if enough
+            else max(THRESHOLDS, key=lambda t: sweep[t]["accuracy"]))
     add("token_router", "slm", "llm", router=(best, best))["threshold"] = best
     routers(rows, right)
 
@@ -296,20 +358,28 @@ def main():
     for name in right:
         if name != "relay":
             gained = right["relay"] - right[name]
-            differences[name] = dict(accuracy=float(gained.mean()), ci95=interval(gained), rho=rows["relay"]["rho"] - rows[name]["rho"])
+            differences[name] = dict(accuracy=float(gained.mean()), ci95=interval(gained),
+                                     rho=rows["relay"]["rho"] - rows[name]["rho"])
     analysis = dict(relay_minus=differences, calls=where_calls_happen(questions, kept["relay"], tokenizer, args.repeat),
                     token_router={str(t): dict(accuracy=row["accuracy"], rho=row["rho"]) for t, row in sweep.items()})
     if toy:
         analysis["bound_rho"] = bound(questions, tokenizer)
     for name, content in (("analysis.json", analysis), ("results.json", list(rows.values()))):
         write_beside(out / name, lambda file: file.write(json.dumps(content, indent=2).encode() + b"\n"))
+    if args.plot:
+        lines = (run.path / "grpo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        metrics = [json.loads(line) for line in lines]
+        plot(rows, sweep, metrics, out / "plot.png")
+    if args.html:
+        text = page(list(rows.values()), questions, kept["relay"][::args.repeat], tokenizer, out / "plot.png")
+        write_beside(out / "index.html", lambda file: file.write(text.encode()))
     print(table(rows.values()))
     ours = rows["relay"]
     if ours["gap_closed"] is not None:
         low, high = ours["gap_closed_ci95"]
         reduction = f"{ours['cost_reduction']:.1%}" if ours["cost_reduction"] is not None else "-"
-        print(f"the relay closes {ours['gap_closed']:.1%} ({low:.1%} - {high:.1%}) of the gap with {ours['rho']:.2%} of the "
-              f"tokens, {reduction} below the accuracy-matched random router")
+        print(f"the relay closes {ours['gap_closed']:.1%} ({low:.1%} - {high:.1%}) of the gap with {ours['rho']:.2%} "
+              f"of the tokens, {reduction} below the accuracy-matched random router")
     print("before its calls stands: " + ", ".join(f"{text!r} {n}x" for text, n in analysis["calls"]["before"].items()))
     if toy:
         print(f"bound: calls exactly on the unknown facts would cost rho {analysis['bound_rho']:.2%}")

@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from model import Transformer, load, read_json, save, write_beside
 from relay import Run, correct, fill_in, load_pair, machine, parser, positive, relay, run_script
-from warmup import (HEAD, Example, adamw, add_up, apply_gradient, check_gpus, hear_signals, join_processes, machine_arguments,
-                    micro_batches, progress_bar, settings, start_processes, token_logprobs, training_questions,
-                    wait_for_all, world, write_answers)
+from warmup import (HEAD, Example, adamw, add_up, apply_gradient, check_gpus, hear_signals, join_processes,
+                    machine_arguments, micro_batches, progress_bar, settings, start_processes, token_logprobs,
+                    training_questions, wait_for_all, world, write_answers)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reward, advantage, loss: pure functions
@@ -153,7 +153,8 @@ def step_metrics(groups, right, called, reward):
         call_rate=(called.sum().item(), len(flat)), rho=(sum(sum(r.by_llm) for r in flat), tokens),
         asked=(sum(c.asked for c in calls), len(calls)), length=(tokens, len(flat)),
         cut=(sum(r.end == "length" for r in flat), len(flat)),
-        student_solvable=(alone.sum().item(), len(groups)), teacher_dependent=((solved & ~alone).sum().item(), len(groups)),
+        student_solvable=(alone.sum().item(), len(groups)),
+        teacher_dependent=((solved & ~alone).sum().item(), len(groups)),
         teacher_unsolvable=((~solved).sum().item(), len(groups)),
         equal_groups=((reward == reward[:, :1]).all(-1).sum().item(), len(groups)))
 
@@ -164,7 +165,7 @@ def score(questions, groups, tokenizer, args):
     called = torch.tensor([[any(r.by_llm) for r in group] for group in groups])
     rho = torch.tensor([[r.rho for r in group] for group in groups])
     if args.rho_asked:
-        rho = torch.tensor([[sum(c.asked for c in r.calls) / len(r.tokens) for r in group] for group in groups]).clamp(max=1)
+        rho = torch.tensor([[min(1.0, sum(c.asked for c in r.calls) / len(r.tokens)) for r in group] for group in groups])
     if args.reward == "simple":
         return right, called, simple_rewards(right, rho)
     if args.batch_scenarios:
@@ -173,7 +174,7 @@ def score(questions, groups, tokenizer, args):
 
 
 def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, known, args):
-    """Sample, score, learn. questions: of the whole step; this process takes its share. Returns (metrics, roll-outs)."""
+    """Sample, score, learn. questions: the whole step's; this process takes its share. Returns (metrics, roll-outs)."""
     start = time.perf_counter()
     rank, size = world()
     mine = range(rank, len(questions), size)
@@ -199,7 +200,8 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
               (("kl", "kl"), ("clip_fraction", "clipped"), ("entropy", "entropy"))}
     parts["loss"] = sum(s["loss"] for s in sums), 0 if rank else len(sums)           # a sum over processes as it is
     added = iter(add_up([number for pair in parts.values() for number in pair], known.device))
-    metrics = dict(step=step) | {name: total / count if count else None for name, total, count in zip(parts, added, added)}
+    metrics = dict(step=step)
+    metrics |= {name: total / count if count else None for name, total, count in zip(parts, added, added)}
     norms = [s["norm"] for s in sums]
     metrics |= dict(grad_norm=max(norms), skipped=sum(not math.isfinite(norm) for norm in norms),
                     sampler_learner_difference=sums[0]["drift"], lr=args.rate,
@@ -227,20 +229,21 @@ def memory_needed(slm, llm, args, llm_bytes=2):
     """{what: bytes} of a training step, from two Configs; "peak" is the sum of what is there at the same time.
 
     The policy has float32 weights, a gradient and Adam's two averages (16 bytes a parameter), the reference float32
-    weights. Caches and activations take turns. Activations are what the backward pass keeps of args.micro_tokens tokens:
+    weights. Caches and activations take turns. Activations: what the backward pass keeps of args.micro_tokens tokens,
     counted from the operations of model.Layer, in float32, attention itself without its (T, T) weights.
     """
     with torch.device("meta"):
         small, large = (sum(p.numel() for p in Transformer(config).parameters()) for config in (slm, llm))
     rows = min(args.batch, args.questions_per_step * args.group)
-    cache = lambda c, size: 2 * c.layers * c.kv_heads * c.head_dim * size * rows * (args.prompt_tokens + args.max_new_tokens)
+    tokens = rows * (args.prompt_tokens + args.max_new_tokens)
+    cache = lambda c, size: 2 * c.layers * c.kv_heads * c.head_dim * size * tokens
     q, kv = slm.heads * slm.head_dim, slm.kv_heads * slm.head_dim
     inside = 6 * slm.hidden + 8 * q + 8 * kv + 5 * slm.ffn                  # floats a token and layer
     kept = slm.hidden * slm.layers + inside if args.checkpointing else inside * slm.layers
-    head = 4 * 4 * min(args.micro_tokens * slm.vocab_size, HEAD)            # one chunk: logits, log-softmax, their slopes
+    head = 4 * 4 * min(args.micro_tokens * slm.vocab_size, HEAD)            # of a chunk: logits, log-softmax, slopes
     parts = dict(policy=16 * small, reference=4 * small, llm=llm_bytes * large,
                  caches=cache(slm, 4) + cache(llm, llm_bytes), learning=4 * args.micro_tokens * kept + head)
-    return parts | dict(peak=parts["policy"] + parts["reference"] + parts["llm"] + max(parts["caches"], parts["learning"]))
+    return parts | dict(peak=sum(parts.values()) - min(parts["caches"], parts["learning"]))
 
 
 # What the presets differ in. The toy samples at 0.7, where its few calls stand out and its text is nearly free of
@@ -276,8 +279,8 @@ def arguments():
     p.add_argument("--pass-rate", type=float, default=0.5, help="keep questions that the LLM solves this often (0.5)")
     p.add_argument("--no-teacher", action="store_true", help="plain GRPO: nobody to call")
     p.add_argument("--llm-tokens-in-loss", action="store_true", help="ablation: learn the LLM's tokens too")
-    p.add_argument("--batch-scenarios", action="store_true", help="ablation: the reward's scenario from the whole batch")
-    p.add_argument("--rho-asked", action="store_true", help="ablation: rho from the n asked, not from what was delivered")
+    p.add_argument("--batch-scenarios", action="store_true", help="ablation: scenarios of the whole batch")
+    p.add_argument("--rho-asked", action="store_true", help="ablation: rho from n, not from what was delivered")
     p.add_argument("--variant", metavar="NAME", help="write into RUN/NAME, beside RUN/grpo, for eval.py --all")
     p.add_argument("--eval-every", type=int, help="steps between checks on held-out questions, 0: none (20)")
     p.add_argument("--eval-questions", type=positive(int), default=128, help="questions of a check (128)")
@@ -393,7 +396,8 @@ def held_out_check(questions, policy, llm, tokenizer, args):
         return {}
     rollouts = write_answers(policy, llm, tokenizer, questions, args, "check", temperature=0.7)
     right = sum(correct(q, r, tokenizer) for q, r in zip(questions, rollouts))
-    return dict(eval_accuracy=right / len(questions), eval_call_rate=sum(any(r.by_llm) for r in rollouts) / len(questions),
+    return dict(eval_accuracy=right / len(questions),
+                eval_call_rate=sum(any(r.by_llm) for r in rollouts) / len(questions),
                 eval_rho=sum(sum(r.by_llm) for r in rollouts) / sum(len(r.tokens) for r in rollouts))
 
 
@@ -469,8 +473,8 @@ def main():
                 with open(out / "metrics.jsonl", "a", encoding="utf-8") as log:
                     log.write(json.dumps(metrics) + "\n")
             bar.set_postfix(acc=f"{metrics['accuracy']:.2f}", calls=f"{metrics['call_rate']:.2f}",
-                            rho=f"{metrics['rho']:.3f}", n=f"{metrics['asked'] or 0:.1f}", len=f"{metrics['length']:.0f}",
-                            refresh=False)
+                            rho=f"{metrics['rho']:.3f}", n=f"{metrics['asked'] or 0:.1f}",
+                            len=f"{metrics['length']:.0f}", refresh=False)
             bar.update()
             if step % 20 == 0:
                 tqdm.write(f"step {step}: {tokenizer.decode(groups[0][0].tokens)}")

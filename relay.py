@@ -429,7 +429,7 @@ def parser(description, example):
     p = Parser(description=description, epilog=f"example: {example}",
                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", type=Path, default=Path("runs/toy"), help="where everything of a run lies (runs/toy)")
-    p.add_argument("--slm", type=Path, metavar="DIR", help="the small model's directory (warmup.py notes it in the run)")
+    p.add_argument("--slm", type=Path, metavar="DIR", help="the small model's directory (noted in the run)")
     p.add_argument("--llm", type=Path, metavar="DIR", help="the large model's directory (likewise)")
     p.add_argument("--questions", type=Path, metavar="FILE", help="questions, .jsonl or .json (default: the toy's)")
     p.add_argument("--limit", type=positive(int), metavar="N", help="at most N questions")
@@ -500,7 +500,8 @@ def machine(args, toy=False):
         small_models()
     device = args.device
     if device == "auto":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "mps" if torch.backends.mps.is_available() else "cpu"
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else device
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):
@@ -568,7 +569,8 @@ def main():
     args = p.parse_args()
     run = Run(args.run)
     if args.slm is None and "warmup" not in run.info["stages"]:
-        raise ValueError(f"{run.path} holds no trained model; run: python warmup.py --run {run.path}, or give --slm, --llm")
+        raise ValueError(f"{run.path} holds no trained model; run: python warmup.py --run {run.path}, or give --slm, "
+                         "--llm")
     fill_in(args, dict(temperature=0.7, max_new_tokens=96 if run.toy else 2048))
     trained = next((s for s in ("grpo", "warmup") if s in run.info["stages"]), None)
     device, dtype = machine(args, run.toy)
@@ -579,7 +581,8 @@ def main():
     elif args.question is not None:
         questions = [args.question]
     else:
-        questions = [next(toy_questions("eval", random.Random(args.seed), rare=1.0)).text if run.toy else sys.stdin.read()]
+        toy = toy_questions("eval", random.Random(args.seed), rare=1.0)
+        questions = [next(toy).text if run.toy else sys.stdin.read()]
     try:
         for text in questions:
             if text.strip():

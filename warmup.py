@@ -113,7 +113,7 @@ def machine_arguments(p):
     p.add_argument("--gpus", type=positive(int), default=1, help="processes, one a GPU (1); or start with torchrun")
     p.add_argument("--micro-tokens", type=positive(int), help="tokens that pass the model at once")
     p.add_argument("--checkpointing", action=argparse.BooleanOptionalAction,
-                   help="compute activations inside layers again in the backward pass: slower, smaller (toy no, paper yes)")
+                   help="compute layers again in the backward pass: slower, smaller (toy no, paper yes)")
 
 
 def check_gpus(p, args):
@@ -133,7 +133,7 @@ def progress_bar(*args, **options):
 
 
 def write_answers(slm, llm, tokenizer, questions, args, label, **options):
-    """relay() over questions with the script's settings and a progress bar; with several processes each writes a share."""
+    """relay() over questions with the script's settings and a progress bar; each of several processes writes a share."""
     rank, size = world()
     mine = range(rank, len(questions), size)
     prompts = [tokenizer.chat(questions[i].text) for i in mine]
@@ -186,7 +186,7 @@ def token_logprobs(model, examples, known, temperature=1.0, entropies=False, chu
     """Log-probabilities of all learned tokens, (N,), example by example, and the entropies there (N,), no gradient.
 
     Only the positions that predict a learned token pass the output head, `chunk` at a time (default: HEAD logits), and
-    each chunk's logits are computed again in the backward pass: with a vocabulary of 152k those of a batch would not fit.
+    each chunk's logits are computed again in the backward pass: with a vocabulary of 152k a batch's would not fit.
     """
     device = model.embed.weight.device
     width = max(len(e.tokens) for e in examples)

@@ -1,6 +1,7 @@
 """The table: intervals, the router that the relay is compared with, the bound."""
 import itertools
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -134,3 +135,22 @@ def test_where_calls_happen_is_counted_by_the_words_before_them():
     r = Rollout([1], list(text) + [49, 49], [False] * len(text) + [True] * 2, calls=[Call(len(text), 2, 2)], end="length")
     got = where_calls_happen([Question("q", "1", "price")], [r], tokenizer, 1)
     assert got == dict(before={"it costs": 1}, place={"90%": 1}, asked={"price": {2: 1}})
+
+
+def test_the_page_shows_what_a_model_wrote_as_text():
+    """What a model writes is data: a page must not run it."""
+    tokenizer = ByteTokenizer()
+    text = list(b"<script>alert(1)</script>")
+    r = Rollout([1], text + [256], [i > 7 for i in range(len(text))] + [False], calls=[Call(8, 17, 17)], end="eos")
+    shown = eval_module.page([], [Question("a < b", "1", "x")], [r], tokenizer, Path("nothing.png"))
+    assert "<script" not in shown and "a &lt; b" in shown and "<mark>alert(1)&lt;/script&gt;</mark>" in shown
+    assert "http" not in shown
+
+
+def test_a_picture_is_drawn_where_matplotlib_is_there(tmp_path):
+    """A method with rho 0 has no place on a logarithmic axis, an interval may have no width."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    rows = {name: dict(rho=rho, accuracy=a, ci95=[a, a]) for name, rho, a in (("slm", 0.0, 0.5), ("llm", 1.0, 1.0), ("relay", 0.01, 0.9))}
+    metrics = [dict(step=i, accuracy=0.5, rho=0.1, length=9.0) for i in (1, 2)]
+    eval_module.plot(rows, {0.1: dict(rho=0.0, accuracy=0.5)}, metrics, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000

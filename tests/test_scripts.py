@@ -61,8 +61,9 @@ def test_every_row_of_the_table_has_every_key(run):
 def test_a_second_evaluation_gives_the_same_table(run):
     """Its answers are those of the first, read back."""
     before = (run[0] / "eval" / "results.json").read_bytes()
-    script("eval.py", "--run", run[0], "--limit", "9", "--fit", "3", "--max-new-tokens", "30")
+    script("eval.py", "--run", run[0], "--limit", "9", "--fit", "3", "--max-new-tokens", "30", "--html")
     assert (run[0] / "eval" / "results.json").read_bytes() == before
+    assert "random_router_equal_cost" in (run[0] / "eval" / "index.html").read_text(encoding="utf-8")
 
 
 def test_a_run_can_be_moved(run, tmp_path):
