@@ -444,13 +444,15 @@ def main():
         if len(lines) < done:
             raise ValueError(f"{out / 'metrics.jsonl'} has {len(lines)} of the checkpoint's {done} steps")
         write_beside(out / "metrics.jsonl", lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
-    history, told, bad, step = [json.loads(line) for line in lines], None, 0, done
+    history, told, bad, step, saved = [json.loads(line) for line in lines], None, 0, done, done
     args.signals = Signals()
 
     def keep():
-        """A checkpoint of the last whole step."""
-        if rank == 0 and step > 0:
+        """A checkpoint of the last whole step; one that is there is not written again, which would endanger it."""
+        nonlocal saved
+        if rank == 0 and step > saved:
             save_checkpoint(out, step, policy, optimizer, source, chosen)
+        saved = step
 
     bar = progress_bar(total=args.steps, initial=done, desc="GRPO", unit="step")
     try:

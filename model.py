@@ -67,7 +67,7 @@ def rotate(x, cos, sin):
     x: (B, H, T, D). cos, sin: (B, 1, T, D/2), one angle for each row's own position. Returns x's shape and dtype.
     """
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), dim=-1)
 
 
 def rope_frequencies(config):
@@ -127,11 +127,12 @@ class Layer(nn.Module):
 
     def attention(self, x, cos, sin, past):
         c, (B, T, _) = self.config, x.shape
-        q, k, v = self.qkv(x).view(B, T, -1, c.head_dim).split((c.heads, c.kv_heads, c.kv_heads), dim=2)
+        qkv = self.qkv(x).view(B, T, -1, c.head_dim).transpose(1, 2)           # (B, heads + 2 * kv_heads, T, D)
+        qk, v = qkv.split((c.heads + c.kv_heads, c.kv_heads), dim=1)
         if c.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)      # (B, heads, T, D)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, k = qk.split((c.heads, c.kv_heads), dim=1)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
+        q, k = rotate(qk, cos, sin).split((c.heads, c.kv_heads), dim=1)        # one rotation for both: fewer operations
         group = c.heads // c.kv_heads
         if past is None:
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
@@ -224,7 +225,7 @@ class Cache:
     row's length is always finite (zeros, or padding that was read), because a masked weight of 0 times NaN is NaN.
     """
 
-    def __init__(self, model, block=64):
+    def __init__(self, model, block=32):
         self.config, self.block = model.config, block
         self.like = model.embed.weight          # for its device and dtype
         self.rows = []                          # slot -> row
@@ -244,7 +245,10 @@ class Cache:
     def arrange(self, rows):
         """Bring `rows` to the first slots (any order among them), new rows with length 0. Returns them slot by slot."""
         slots, capacity = self.layers[0].shape[1], self.layers[0].shape[3]
-        new = [row for row in rows if row not in set(self.rows)]
+        if rows == self.rows[:len(rows)]:       # as in most steps: nobody came, left or waits
+            return rows
+        here = set(self.rows)
+        new = [row for row in rows if row not in here]
         if len(self.rows) + len(new) > slots:
             self.resize(len(self.rows) + len(new), capacity)
         self.rows, self.lengths = self.rows + new, self.lengths + [0] * len(new)
@@ -273,13 +277,13 @@ class Cache:
         self.lengths[:len(rows)] = [length] * len(rows)
 
     def drop(self, rows):
-        """Forget finished rows. Memory goes back when half of the slots stand empty."""
+        """Forget finished rows. Memory goes back when a fifth of the slots stand empty."""
         gone = set(rows)
         kept = [slot for slot, row in enumerate(self.rows) if row not in gone]
         holes = [slot for slot in range(len(kept)) if self.rows[slot] in gone]
         self.move(holes, kept[len(kept) - len(holes):])
         self.rows, self.lengths = self.rows[:len(kept)], self.lengths[:len(kept)]
-        if len(kept) <= self.layers[0].shape[1] // 2:
+        if len(kept) <= 0.8 * self.layers[0].shape[1]:
             longest = max(self.lengths, default=0)
             self.resize(len(kept), -(-longest // self.block) * self.block)
 
@@ -287,32 +291,36 @@ class Cache:
         """Make room for tokens at `position` (B, T); for each layer, the function that its attention calls.
 
         past(k, v) stores the new keys and values (B, kv_heads, T, D) and returns all of these rows, as views of the
-        cache, with the mask (B, 1, group * T, W): a token sees its own row up to itself. None when all see all.
+        cache, with the mask (B, 1, group * T or 1, W), which is added to the scores: a token sees its own row up to
+        itself. None when all see all. Mask and addresses are made here, once for all layers.
         """
-        B, T = position.shape
+        (B, T), kv_heads, device = position.shape, self.config.kv_heads, position.device
         width = max(self.lengths[:B]) + T
         slots, capacity = self.layers[0].shape[1], self.layers[0].shape[3]
         if width > capacity:
-            self.resize(slots, -(-width // self.block) * self.block)
+            capacity = -(-width // self.block) * self.block
+            self.resize(slots, capacity)
         mask = None
         if T > 1 or min(self.lengths[:B]) + 1 < width:
-            seen = torch.arange(width, device=position.device) <= position[:, :, None]        # (B, T, W)
-            mask = seen[:, None].repeat(1, 1, self.config.heads // self.config.kv_heads, 1)   # (B, 1, group * T, W)
-        slot = torch.arange(B, device=position.device)[:, None]
+            unseen = torch.arange(width, device=device) > position[:, :, None]                # (B, T, W)
+            mask = torch.zeros(unseen.shape, dtype=self.like.dtype, device=device).masked_fill_(unseen, -torch.inf)
+            mask = mask[:, None].repeat(1, 1, self.config.heads // kv_heads if T > 1 else 1, 1)
+        # A layer's cache as one long list of vectors of D numbers: where in it the new keys and values go, so that one
+        # copy stores them all.
+        lists = torch.arange(2 * slots * kv_heads, device=device).view(2, slots, kv_heads, 1)[:, :B] * capacity
+        address = (lists + position[:, None]).view(-1)                                        # of (2, B, kv_heads, T)
 
         def past(kv):
             def store(k, v):
-                keys, values = kv[0, :B, :, :width], kv[1, :B, :, :width]
-                keys[slot, :, position] = k.transpose(1, 2)
-                values[slot, :, position] = v.transpose(1, 2)
-                return keys, values, mask
+                new = torch.stack((k, v))                                                     # (2, B, kv_heads, T, D)
+                kv.view(-1, kv.shape[-1]).index_copy_(0, address, new.view(-1, kv.shape[-1]))
+                return kv[0, :B, :, :width], kv[1, :B, :, :width], mask
             return store
         return [past(kv) for kv in self.layers]
 
     def close(self, counts):
         """The forward pass is done: the first counts[i] of its tokens in slot i count as read."""
-        for slot, count in enumerate(counts):
-            self.lengths[slot] += count
+        self.lengths[:len(counts)] = [length + count for length, count in zip(self.lengths, counts)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ class Reader:
         self.text = [list(prompt) for prompt in prompts]           # all that this model is to see
         self.own = [[False] * len(prompt) for prompt in prompts]   # for each of those tokens: did this model write it?
         self.at = [0] * len(prompts)                               # tokens of it in the cache
-        self.prefill, self.decode = [0] * len(prompts), [0] * len(prompts)   # tokens that really ran
+        self.copied = [0] * len(prompts)                           # of those, the ones that another row has read
         first = {}
         self.group = [first.setdefault(tuple(prompt), row) for row, prompt in enumerate(prompts)]   # equal prompts
         self.holder = {}                                           # group -> a row whose cache holds its prompt
@@ -137,6 +137,11 @@ class Reader:
     def feed(self, row, tokens, own=False):
         self.text[row] += tokens
         self.own[row] += [own] * len(tokens)
+
+    def cost(self, row):
+        """(prefill, decode): tokens that really ran for this row, written by another or the user, and by this model."""
+        decode = sum(self.own[row][:self.at[row]])
+        return self.at[row] - self.copied[row] - decode, decode
 
     def step(self, rows):
         """Read all that is new for `rows`. Returns them in cache order, and the logits (B, V) after each one's last."""
@@ -151,6 +156,8 @@ class Reader:
 
         But for its last token, which each reads itself, for the logits after it.
         """
+        if not new:
+            return
         twins = Counter(self.group)
         new = [row for row in new if twins[self.group[row]] > 1 and len(self.prompts[row]) > 1]
         readers = [row for row in new if self.holder.setdefault(self.group[row], row) == row]
@@ -161,22 +168,20 @@ class Reader:
             copies = [row for row in new if self.group[row] == self.group[source] and row != source]
             self.cache.copy(source, copies, goal[source])
             for row in copies:
-                self.at[row] = goal[source]
+                self.at[row] = self.copied[row] = goal[source]
 
     def read(self, rows, goal, last=False):
         """One forward pass over up to CHUNK tokens of each row, towards goal[row]; shorter rows are padded behind."""
         order = self.cache.arrange(rows)
         spans = [(self.at[row], min(goal[row], self.at[row] + CHUNK)) for row in order]
         counts = [end - start for start, end in spans]
-        tokens = [self.text[row][start:end] + [0] * (max(counts) - (end - start))
-                  for row, (start, end) in zip(order, spans)]
+        width = max(counts)
+        tokens = [self.text[row][start:end] + [0] * (width - (end - start)) for row, (start, end) in zip(order, spans)]
         tokens = torch.tensor(tokens, device=self.cache.like.device)
         out = (self.model(tokens, self.cache, counts, last=True) if last
                else self.model.hidden(tokens, self.cache, counts))
-        for row, (start, end) in zip(order, spans):
-            written = sum(self.own[row][start:end])
-            self.at[row], self.decode[row] = end, self.decode[row] + written
-            self.prefill[row] += end - start - written
+        for row, (_, end) in zip(order, spans):
+            self.at[row] = end
         return order, out
 
     def drop(self, rows):
@@ -259,7 +264,7 @@ class Row:
         """n, if the token with these bytes completes a command, else None. A command is found however it is cut."""
         self.tail += piece
         found = None
-        for found in COMMAND.finditer(self.tail):
+        for found in COMMAND.finditer(self.tail) if b">" in piece else ():      # few tokens can end a command
             pass
         self.tail = self.tail[found.end():] if found else self.tail[-LONGEST:]
         return int(found[1]) if found else None
@@ -309,7 +314,7 @@ def relay_batch(slm, llm, tokenizer, prompts, seeds, start, context, max_new_tok
         logprobs = log_softmax(logits, known, temperature)
         if forbid is not None:
             logprobs = torch.log_softmax(logprobs.masked_fill(forbid(order), -torch.inf), dim=-1)
-        ids = sample(logprobs, [rows[r].uniforms[len(rows[r].out.tokens)] for r in order], temperature, top_p)
+        ids = sample(logprobs, [rows[r].uniforms.item(len(rows[r].out.tokens)) for r in order], temperature, top_p)
         return order, logprobs, ids
 
     def retire(turn):
@@ -370,9 +375,8 @@ def relay_batch(slm, llm, tokenizer, prompts, seeds, start, context, max_new_tok
             turn = [r for r in order if not rows[r].out.end and rows[r].owed]
 
     for r, row in enumerate(rows):
-        row.out.cost = dict(slm_prefill=writer.prefill[r], slm_decode=writer.decode[r],
-                            llm_prefill=helper.prefill[r] if helper else 0,
-                            llm_decode=helper.decode[r] if helper else 0)
+        (prefill, decode), (llm_prefill, llm_decode) = writer.cost(r), helper.cost(r) if helper else (0, 0)
+        row.out.cost = dict(slm_prefill=prefill, slm_decode=decode, llm_prefill=llm_prefill, llm_decode=llm_decode)
     return [row.out for row in rows]
 
 
@@ -557,7 +561,7 @@ def show(text, slm, llm, tokenizer, args, colour):
     print(marks[1] if last else "")
     again = sum(len(rollout.prompt) + call.position for call in rollout.calls if call.delivered)
     print(f"{len(rollout.tokens)} tokens, {sum(rollout.by_llm)} by the LLM (rho {rollout.rho:.1%}) in "
-          f"{len(rollout.calls)} calls; {len(rollout.tokens) / seconds:.0f} tokens/s; the LLM read "
+          f"{len(rollout.calls)} call{'s' * (len(rollout.calls) != 1)}; {len(rollout.tokens) / seconds:.0f} tokens/s; the LLM read "
           f"{cost['llm_prefill']} tokens (sending the whole context at each call: about {again})")
 
 

@@ -260,6 +260,7 @@ def pretrain(name, directory, steps, seed, batch=32, position=0):
     """Train one model of the toy pair from scratch on worked solutions and write it into `directory`."""
     if multiprocessing.parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)       # Ctrl-C is the parent's, which ends this process with itself
+        os.environ.update(RANK="0", WORLD_SIZE="1")        # whatever the parent is one of, this model has one process
     small_models()
     tokenizer = Tokenizer(directory)
     config = parse_config(dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], vocab_size=len(tokenizer.known),

@@ -21,10 +21,13 @@ def script(name, *flags):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A whole run of the toy, all stages as short as can be: (its directory, what the scripts printed)."""
+    """A whole run of the toy, all stages as short as can be: (its directory, what the scripts printed).
+
+    The warm-up in two processes, GRPO in one.
+    """
     run = tmp_path_factory.mktemp("runs") / "tiny"
     said = [script("warmup.py", "--run", run, "--slm-steps", "3", "--llm-steps", "2", "--samples", "12", "--epochs", "1",
-                   "--check", "6", "--max-new-tokens", "30"),
+                   "--check", "6", "--max-new-tokens", "30", "--gpus", "2"),
             script("grpo.py", "--run", run, "--gpus", "1", "--steps", "3", "--questions-per-step", "3", "--group", "3", "--pool",
                    "7", "--filter-samples", "0", "--max-new-tokens", "30", "--eval-every", "2", "--eval-questions", "4"),
             script("eval.py", "--run", run, "--limit", "9", "--fit", "3", "--max-new-tokens", "30"),
