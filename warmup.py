@@ -259,7 +259,7 @@ TOY_CORPUS = {"slm": dict(lr=4e-3, asides=0.4, rare=0.5, unreliable=True),
 def pretrain(name, directory, steps, seed, batch=32, position=0):
     """Train one model of the toy pair from scratch on worked solutions and write it into `directory`."""
     if multiprocessing.parent_process():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)       # Ctrl-C is the parent's, which ends this process with itself
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(1))   # Ctrl-C: the parent says what there is to say
         os.environ.update(RANK="0", WORLD_SIZE="1")        # whatever the parent is one of, this model has one process
     small_models()
     tokenizer = Tokenizer(directory)
@@ -303,8 +303,13 @@ def pretrain_pair(run, args):
     processes = [multiprocessing.get_context("spawn").Process(target=pretrain, args=job, daemon=True) for job in jobs]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join()
+    try:
+        for process in processes:
+            process.join()
+    except KeyboardInterrupt:
+        for process in processes:
+            process.join(5)
+        raise
     for job, process in zip(jobs, processes):
         if process.exitcode != 0:
             raise ValueError(f"pretraining the {job[0].upper()} failed")
