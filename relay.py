@@ -43,7 +43,8 @@ from model import Cache, load, read_json, write_beside
 COMMAND = re.compile(rb"<call>([0-9]{1,9})</call>")   # ten digits or more are no command, but text
 LONGEST = len(b"<call></call>") + 9                   # bytes
 OPEN = b"<call"                                       # what a response without calls may not contain
-CHUNK = 256                                           # tokens read at once: bounds the mask and the hidden states
+CHUNK = 256                                           # tokens of a row read at once: bounds the mask
+PASS = 8192                                           # tokens of all rows read at once: bounds the hidden states
 
 
 def command(n):
@@ -146,10 +147,13 @@ class Reader:
     def step(self, rows):
         """Read all that is new for `rows`. Returns them in cache order, and the logits (B, V) after each one's last."""
         self.share_prompts([row for row in rows if self.at[row] == 0])
-        goal = [len(text) for text in self.text]
-        while long := [row for row in rows if goal[row] - self.at[row] > CHUNK]:
+        goal, chunk = [len(text) for text in self.text], self.chunk(rows)
+        while long := [row for row in rows if goal[row] - self.at[row] > chunk]:
             self.read(long, goal)
         return self.read(rows, goal, last=True)
+
+    def chunk(self, rows):
+        return min(CHUNK, max(PASS // len(rows), 1))
 
     def share_prompts(self, new):
         """The G roll-outs of one question read their prompt once: one row reads it, the others copy its cache.
@@ -171,9 +175,9 @@ class Reader:
                 self.at[row] = self.copied[row] = goal[source]
 
     def read(self, rows, goal, last=False):
-        """One forward pass over up to CHUNK tokens of each row, towards goal[row]; shorter rows are padded behind."""
-        order = self.cache.arrange(rows)
-        spans = [(self.at[row], min(goal[row], self.at[row] + CHUNK)) for row in order]
+        """One forward pass over the next tokens of each row, towards goal[row]; shorter rows are padded behind."""
+        order, chunk = self.cache.arrange(rows), self.chunk(rows)
+        spans = [(self.at[row], min(goal[row], self.at[row] + chunk)) for row in order]
         counts = [end - start for start, end in spans]
         width = max(counts)
         tokens = [self.text[row][start:end] + [0] * (width - (end - start)) for row, (start, end) in zip(order, spans)]
@@ -477,6 +481,8 @@ class Run:
         return True
 
     def finish(self, stage, settings):
+        if self.file.exists():                            # another script may have finished a stage meanwhile
+            self.info["stages"] = read_json(self.file)["stages"]
         self.info["stages"][stage] = settings
         self.path.mkdir(parents=True, exist_ok=True)
         write_beside(self.file, lambda file: file.write(json.dumps(self.info, indent=2).encode() + b"\n"))

@@ -633,16 +633,6 @@ def test_updates_without_a_finite_gradient_are_counted(monkeypatch):
     assert metrics["skipped"] == 1 and played(monkeypatch, groups)[0]["skipped"] == 0
 
 
-def test_two_processes_started_by_the_script_train_one_run(warmed_up):
-    """--gpus 2 without GPUs runs two processes on the CPU and says so; only one of them writes."""
-    process = started(warmed_up, "--gpus", "2", "--eval-every", "20", "--eval-questions", "5")
-    said, errors = process.communicate(timeout=150)
-    assert process.returncode == 0, errors
-    assert "CPU, 2 processes" in said and said.count("wrote") == 1
-    assert [json.loads(line)["step"] for line in (warmed_up / "grpo" / "metrics.jsonl").open()] == list(range(1, 41))
-    load(warmed_up / "grpo")
-
-
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the list of children from Linux's /proc")
 def test_a_process_that_dies_ends_the_others(warmed_up):
     """The others would wait for it in the next sum over processes, for ever."""

@@ -4,7 +4,12 @@ Scripted models write what they are told, so that a test can say what each model
 float64 are compared with an oracle that runs both of them over whole contexts for every single token.
 """
 import itertools
+import random
+import subprocess
+import sys
 from collections import Counter
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +17,7 @@ import torch
 
 import relay as relay_module
 from conftest import ByteTokenizer, Scripted, shuffled, tiny
+from model import Cache
 from relay import COMMAND, Row, command, log_softmax, plain_text, relay, sample, without_commands
 
 PROMPT = b"Q: how much?\n"
@@ -463,11 +469,41 @@ def test_chunks_of_a_long_prompt_change_nothing(monkeypatch):
     prompts = questions(6) + questions(2)
     options = dict(max_new_tokens=40, temperature=1.0, seed=3)
     want = relay(slm, llm, TOKENIZER, prompts, **options)
-    for chunk in (1, 2, 7):
+    for chunk, most in ((1, 8192), (2, 8192), (7, 8192), (256, 1), (256, 20)):
         monkeypatch.setattr(relay_module, "CHUNK", chunk)
+        monkeypatch.setattr(relay_module, "PASS", most)
         for a, b in zip(want, relay(slm, llm, TOKENIZER, prompts, **options)):
             same(a, b)
             assert a.cost == b.cost
+
+
+def test_the_block_in_which_a_cache_grows_changes_nothing(monkeypatch):
+    """Old tokens lost when the tensors are made anew, or addresses computed from the former capacity."""
+    slm, llm = pair()
+    prompts, options = questions(6) + questions(2), dict(max_new_tokens=40, temperature=1.0, seed=3)
+    want = relay(slm, llm, TOKENIZER, prompts, **options)
+    assert sum(len(o.calls) for o in want) > 5
+    for block in (1, 3, 16, 500):
+        monkeypatch.setattr(relay_module, "Cache", partial(Cache, block=block))
+        for a, b in zip(want, relay(slm, llm, TOKENIZER, prompts, **options)):
+            same(a, b)
+            assert a.cost == b.cost
+
+
+def nudge(model, script):
+    """Make a model write script[n] after a context of n tokens, where the script has such an n."""
+    plain = model.forward
+
+    def forward(tokens, cache=None, counts=None, last=False):
+        logits = plain(tokens, cache, counts, last)
+        for row in range(len(tokens)):
+            for n in (cache.lengths[row],) if cache else range(1, tokens.shape[1] + 1):
+                if n in script:
+                    logits[row, script[n]] += 1e3 if cache else 0      # last: (B, V)
+                    logits[row, n - 1 if not cache else 0, ...] if False else None
+        return logits
+    model.forward = forward
+    return model
 
 
 def test_another_seed_gives_another_roll_out():

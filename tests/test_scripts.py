@@ -19,20 +19,21 @@ def script(name, *flags):
     return out.stdout
 
 
+WARMUP = "--slm-steps 3 --llm-steps 2 --samples 12 --epochs 1 --check 6 --max-new-tokens 30".split()
+GRPO = ("--gpus 2 --steps 3 --questions-per-step 3 --group 3 --pool 7 --filter-samples 0 --max-new-tokens 30 "
+        "--eval-every 2 --eval-questions 4").split()
+EVAL = "--limit 9 --fit 3 --max-new-tokens 30".split()
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A whole run of the toy, all stages as short as can be: (its directory, what the scripts printed).
 
-    The warm-up in two processes, GRPO in one.
+    Both training stages in two processes; test_grpo.py has one.
     """
     run = tmp_path_factory.mktemp("runs") / "tiny"
-    said = [script("warmup.py", "--run", run, "--slm-steps", "3", "--llm-steps", "2", "--samples", "12", "--epochs", "1",
-                   "--check", "6", "--max-new-tokens", "30", "--gpus", "2"),
-            script("grpo.py", "--run", run, "--gpus", "1", "--steps", "3", "--questions-per-step", "3", "--group", "3", "--pool",
-                   "7", "--filter-samples", "0", "--max-new-tokens", "30", "--eval-every", "2", "--eval-questions", "4"),
-            script("eval.py", "--run", run, "--limit", "9", "--fit", "3", "--max-new-tokens", "30"),
-            script("relay.py", "--run", run, "--max-new-tokens", "30")]
-    return run, said
+    return run, [script("warmup.py", "--run", run, "--gpus", "2", *WARMUP), script("grpo.py", "--run", run, *GRPO),
+                 script("eval.py", "--run", run, *EVAL), script("relay.py", "--run", run, "--max-new-tokens", "30")]
 
 
 def test_the_four_scripts_make_a_whole_run(run):
@@ -45,9 +46,10 @@ def test_the_four_scripts_make_a_whole_run(run):
     for name in ("slm", "llm", "warmup", "grpo"):
         assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in (run / name).iterdir()}
     assert not list((run / "grpo").glob("checkpoint*"))
-    for i, words in enumerate((["SLM alone:", "calls in", "next: python grpo.py"], ["no GPU is used: running on the CPU", "next:"],
-                               ["random_router", "bound:", "next:"], ["tokens/s", "by the LLM"])):
-        assert all(word in said[i] for word in words), said[i]
+    for words, text in zip((["SLM alone:", "calls in", "next: python grpo.py"], ["CPU, 2 processes", "next:"],
+                            ["random_router", "bound:", "next:"], ["tokens/s", "by the LLM"]), said):
+        assert all(word in text for word in words), text
+    assert all(text.count("next:") == 1 for text in said[:3])          # only one of the processes speaks
 
 
 def test_every_row_of_the_table_has_every_key(run):
@@ -64,7 +66,7 @@ def test_every_row_of_the_table_has_every_key(run):
 def test_a_second_evaluation_gives_the_same_table(run):
     """Its answers are those of the first, read back."""
     before = (run[0] / "eval" / "results.json").read_bytes()
-    script("eval.py", "--run", run[0], "--limit", "9", "--fit", "3", "--max-new-tokens", "30", "--html")
+    script("eval.py", "--run", run[0], *EVAL, "--html")
     assert (run[0] / "eval" / "results.json").read_bytes() == before
     assert "random_router_equal_cost" in (run[0] / "eval" / "index.html").read_text(encoding="utf-8")
 
@@ -111,7 +113,7 @@ def test_nothing_that_is_there_is_overwritten(monkeypatch, capsys, run):
     """An afternoon of training is lost by one repeated command."""
     run = run[0]
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    code, text = fails(monkeypatch, capsys, "warmup", "--run", run, "--slm-steps", "3", "--llm-steps", "2", "--samples", "13")
+    code, text = fails(monkeypatch, capsys, "warmup", "--run", run, *WARMUP, "--samples", "13")
     assert code == 1 and "samples" in text
     code, text = fails(monkeypatch, capsys, "grpo", "--run", run)
     assert code == 1 and "already" in text
@@ -124,8 +126,7 @@ def test_nothing_that_is_there_is_overwritten(monkeypatch, capsys, run):
 
 def test_a_finished_stage_says_so(monkeypatch, capsys, run):
     """The same command again is no mistake."""
-    for name, flags in (("warmup", ["--slm-steps", "3", "--llm-steps", "2", "--samples", "12", "--epochs", "1", "--check", "6",
-                                    "--max-new-tokens", "30"]), ("grpo", ["--resume"])):
+    for name, flags in (("warmup", WARMUP), ("grpo", ["--resume"])):
         monkeypatch.setattr(sys, "argv", [name + ".py", "--run", str(run[0]), *flags])
         run_script(importlib.import_module(name).main)
         assert "finished" in capsys.readouterr().out
