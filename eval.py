@@ -242,11 +242,11 @@ def plot(rows, sweep, metrics, path):
     top.plot(xs, ends[0][1] + xs * (ends[1][1] - ends[0][1]), color="grey", label="random router")
     points = sorted((row["rho"], row["accuracy"]) for row in sweep.values())
     top.plot(*zip(*points), ".:", color="tab:green", label="token router, swept")
-    for name, row in rows.items():
+    for (name, row), mark in zip(rows.items(), itertools.cycle("os^vDP*Xp<>hd")):
         if not name.startswith("random"):
             low, high = row["ci95"]
             bar = [[max(0, row["accuracy"] - low)], [max(0, high - row["accuracy"])]]
-            top.errorbar([max(row["rho"], 1e-4)], [row["accuracy"]], yerr=bar, fmt="o", capsize=3, label=name)
+            top.errorbar([max(row["rho"], 1e-4)], [row["accuracy"]], yerr=bar, fmt=mark, capsize=3, label=name)
     top.set(xscale="log", xlabel="share of tokens by the LLM (none: at the left edge)", ylabel="accuracy")
     top.legend(fontsize=8, ncols=2)
     steps = [m["step"] for m in metrics]

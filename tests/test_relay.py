@@ -344,6 +344,79 @@ def test_all_waiting_rows_are_served_as_one_batch():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Models that babble
+
+FRAGMENTS = (b"<call>", b"</call>", b"<call>2</call>", b"<ca", b"ll>", b"</", b"1</call>", b"<call>3", b"call>", b"00",
+             b"999999999", b"7</call><call>1", b"x<call>1</call>y", b"\xe2<call>4</call>\x82", b"</call><call>")
+
+
+class Babbling(Scripted):
+    """Writes random bytes, half of the time a fragment of a command instead, and seldom the end."""
+
+    def __init__(self, tokenizer, seed):
+        super().__init__(tokenizer, [])
+        self.random = torch.Generator().manual_seed(seed)
+
+    def forward(self, tokens, cache=None, counts=None, last=False):
+        logits = super().forward(tokens, cache, counts, last)
+        size = (len(logits), 1)
+        ids = torch.where(torch.rand(size, generator=self.random) < 0.5,
+                          torch.randint(self.end + 1, logits.shape[1], size, generator=self.random),
+                          torch.randint(self.end + 1, size, generator=self.random))
+        return torch.zeros_like(logits).scatter(1, ids, 100.0)
+
+
+def test_each_model_reads_all_that_it_should_and_nothing_else():
+    """Every token of the LLM reaches the SLM as that token; every byte outside commands reaches the LLM, and no other."""
+    tokenizer = ByteTokenizer(*FRAGMENTS)
+    slm, llm = Babbling(tokenizer, 1), Babbling(tokenizer, 2)
+    prompts = [list(PROMPT) + [65 + i // 26, 65 + i % 26] for i in range(200)]
+    outs = relay(slm, llm, tokenizer, prompts, max_new_tokens=50, temperature=1.0)
+    assert sum(any(o.by_llm) for o in outs) > 100
+    for row, (prompt, out) in enumerate(zip(prompts, outs)):
+        drawn = max(i for i, by_llm in enumerate(out.by_llm) if not by_llm)      # its last token it need not read
+        assert slm.heard[row] == prompt + out.tokens[:drawn]
+        if not any(out.by_llm):
+            assert row not in llm.heard
+            continue
+        last = max(i for i, by_llm in enumerate(out.by_llm) if by_llm)
+        want = bytes(prompt)
+        for by_llm, part in itertools.groupby(range(last), key=lambda i: out.by_llm[i]):
+            text = text_of(tokenizer, [out.tokens[i] for i in part])
+            want += text if by_llm else COMMAND.sub(b"", text)
+        assert text_of(tokenizer, llm.heard[row]) == want
+
+
+def resident():
+    """Bytes of memory that this process holds; 0 where the system does not say."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * 4096 if statm.exists() else 0
+
+
+@pytest.mark.slow
+def test_ten_thousand_roll_outs_of_babble_stay_within_budget_and_memory():
+    """Whatever models write has an outcome, and nothing of a finished batch stays behind."""
+    tokenizer, ends, calls, held = ByteTokenizer(*FRAGMENTS), Counter(), 0, []
+    slm, llm = Babbling(tokenizer, 1), Babbling(tokenizer, 2)
+    for batch in range(40):
+        prompts = [list(b"?" * (1 + i % 40)) for i in range(250)]
+        budget = 1 + 2 * batch
+        for out in relay(slm, llm, tokenizer, prompts, max_new_tokens=budget, temperature=1.0, seed=batch):
+            assert 0 < len(out.tokens) <= budget and len(out.tokens) == len(out.by_llm) == len(out.logprobs)
+            assert (out.end == "length") == (len(out.tokens) == budget and out.tokens[-1] != tokenizer.end_id)
+            assert sum(out.by_llm) == sum(c.delivered for c in out.calls)
+            assert all(0 <= c.delivered <= c.asked and c.position < budget for c in out.calls)
+            assert sum(out.cost.values()) <= 2 * (len(out.prompt) + len(out.tokens))
+            assert isinstance(plain_text(out, tokenizer), str)
+            ends[out.end] += 1
+            calls += len(out.calls)
+        slm.heard.clear(), llm.heard.clear()
+        held.append(resident())
+    assert sum(ends.values()) == 10_000 and calls > 10_000 and min(ends.values()) > 100 and len(ends) == 3
+    assert max(held[20:]) - held[19] < 2**25          # later batches are longer, but what they need is given back
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The oracle
 
 LETTERS = b"ab<>/l3"
@@ -496,14 +569,53 @@ def nudge(model, script):
 
     def forward(tokens, cache=None, counts=None, last=False):
         logits = plain(tokens, cache, counts, last)
-        for row in range(len(tokens)):
-            for n in (cache.lengths[row],) if cache else range(1, tokens.shape[1] + 1):
-                if n in script:
-                    logits[row, script[n]] += 1e3 if cache else 0      # last: (B, V)
-                    logits[row, n - 1 if not cache else 0, ...] if False else None
+        lengths = range(1, tokens.shape[1] + 1) if cache is None else cache.lengths[:len(tokens)]
+        after = logits[0] if cache is None else logits             # one context that grows, or one for each row
+        for at, n in enumerate(lengths):
+            if n in script:
+                after[at, script[n]] += 1e3
         return logits
     model.forward = forward
-    return model
+    return model.requires_grad_(False)
+
+
+def random_case(rng):
+    """(SLM, LLM, tokenizer, prompts): commands of any number, cut into tokens at random, forced into the SLM's text
+    and now and then into the LLM's, which may end the text, too."""
+    text = f"{rng.choice(('', 'a', '<', '>b'))}{command(rng.choice((0, 1, 1, 2, 3, 40)))}{rng.choice(('', '<', 'b<ca'))}"
+    cuts = sorted(rng.sample(range(1, len(text)), rng.randint(0, 4)))
+    pieces = [text[i:j].encode() for i, j in zip([0, *cuts], [*cuts, len(text)])]
+    tokenizer = ByteTokenizer(*{p for p in pieces if len(p) > 1}, only=b"ab<>/cl012340", unknown=rng.randrange(3))
+    models = []
+    for times, ends in ((rng.randint(1, 3), False), (rng.randrange(2), rng.random() < 0.3)):
+        script, n = {}, rng.randint(2, 9)
+        for _ in range(times):
+            script |= dict(enumerate(tokenizer.ids(*pieces), n))
+            n = max(script) + rng.randint(1, 5)
+        if ends:
+            script[rng.randint(12, 20)] = tokenizer.end_id
+        models.append(nudge(tiny(rng.choice(("qwen3", "qwen2", "llama")), rng.randrange(10**6), num_hidden_layers=1,
+                                 vocab_size=len(tokenizer.known) + rng.randrange(4), tie_word_embeddings=False), script))
+    one, two = ([rng.choice(b"ab<>") for _ in range(rng.randint(1, 9))] for _ in range(2))
+    return *models, tokenizer, [one, one if rng.random() < 0.3 else two]
+
+
+def test_hundreds_of_random_pairs_do_what_the_definition_says():
+    """Combinations that nobody thought of: cuts, numbers, half commands, adjacent commands, ends, ragged rows."""
+    rng, seen = random.Random(0), Counter()
+    for case in range(200):
+        slm, llm, tokenizer, prompts = random_case(rng)
+        temperature, llm_temperature = rng.choice((0, 0.7, 1.0)), rng.choice((0, 0.7))
+        budget, seeds = rng.randint(8, 20), [(case, i) for i in range(len(prompts))]
+        outs = relay(slm, llm, tokenizer, prompts, max_new_tokens=budget, temperature=temperature, seed=seeds,
+                     llm_temperature=llm_temperature, batch=rng.choice((None, 1)))
+        for out, prompt, seed in zip(outs, prompts, seeds):
+            want = oracle(slm, llm, tokenizer, prompt, budget, seed, temperature, llm_temperature)
+            assert facts(out) == (want[0], want[1], want[3], want[4]), f"case {case}"
+            assert np.allclose(out.logprobs, want[2], atol=1e-10, rtol=0)
+            seen.update([out.end, "served"] if any(out.by_llm) else [out.end])
+            seen["calls"] += len(out.calls)
+    assert seen["served"] > 150 and seen["calls"] > 250 and min(seen["eos"], seen["eos_by_llm"], seen["length"]) > 3
 
 
 def test_another_seed_gives_another_roll_out():
@@ -587,6 +699,38 @@ def test_sampling_follows_the_inverse_cdf():
     assert (many - logprobs[0].exp()).abs().max() < 0.02
 
 
+def chi_squared(counts, probs):
+    """(Pearson's statistic, what it exceeds once in a thousand times if `counts` were drawn from `probs`)."""
+    possible = probs > 0
+    assert counts[~possible].sum() == 0
+    expected, free = probs[possible] * counts.sum(), int(possible.sum()) - 1
+    limit = free * (1 - 2 / (9 * free) + 3.09 * (2 / (9 * free)) ** 0.5) ** 3        # Wilson and Hilferty
+    return float(((counts[possible] - expected) ** 2 / expected).sum()), limit
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.6, 1.0), (1.5, 1.0), (1.0, 0.8), (1.4, 0.6)])
+def test_first_tokens_follow_the_models_distribution(temperature, top_p):
+    """Rows whose numbers depend on each other, a temperature applied twice, a top-p without or before its temperature."""
+    tokenizer, prompt = ByteTokenizer(only=b"abcdefgh"), list(b"abc")
+    slm = tiny("qwen3", 5, vocab_size=len(tokenizer.known), tie_word_embeddings=False)
+    outs = relay(slm, None, tokenizer, [prompt] * 4000, max_new_tokens=1, temperature=temperature, top_p=top_p, seed=7)
+    counts = torch.tensor([o.tokens[0] for o in outs]).bincount(minlength=len(tokenizer.known))
+
+    def distribution(temperature):
+        logits = slm(torch.tensor([prompt]))[0, -1].detach().masked_fill(~torch.tensor(tokenizer.known), -torch.inf)
+        probs = (logits / temperature).softmax(-1)
+        kept = torch.zeros_like(probs)
+        for i in probs.argsort(descending=True).tolist():
+            if kept.sum() < top_p:
+                kept[i] = probs[i]
+        return kept / kept.sum()
+
+    statistic, limit = chi_squared(counts, distribution(temperature))
+    assert statistic < limit
+    other = distribution(temperature * 1.15)                       # the test itself: it must tell this one apart
+    assert other[counts > 0].min() == 0 or chi_squared(counts, other)[0] > limit
+
+
 def test_top_p_keeps_the_smallest_set_of_likely_ids():
     """Off by one: the id that crosses the border belongs to the set."""
     logprobs = torch.tensor([[0.1, 0.5, 0.4]]).log()
@@ -604,3 +748,16 @@ def test_ids_that_the_tokenizer_lacks_have_probability_zero():
         assert logp.shape == (1, 4) and logp[0, 1] == -torch.inf and logp.dtype != torch.bfloat16
         assert abs(float(logp.exp().sum()) - 1) < 1e-6
         assert abs(float(logp[0, 0] - logp[0, 2]) - 1 / (temperature or 1)) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The benchmark
+
+def test_the_benchmark_runs_at_a_very_small_size():
+    """A benchmark that nobody runs is broken by the next change of the engine. (It says nothing about time.)"""
+    ran = subprocess.run([sys.executable, Path(__file__).with_name("bench.py"), "--quick", "--threads", "1"],
+                         capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    for work in ("relay", "hand-off of 20 tokens at 80", "prompt of", "memory of a cache", "tokens that flip"):
+        assert work in ran.stdout
+    assert "skipped, for want of transformers" in ran.stdout or "generate" in ran.stdout
