@@ -67,7 +67,7 @@ def rotate(x, cos, sin):
     x: (B, H, T, D). cos, sin: (B, 1, T, D/2), one angle for each row's own position. Returns x's shape and dtype.
     """
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 def rope_frequencies(config):

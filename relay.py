@@ -118,6 +118,11 @@ def entropy(logprobs):
 # ---------------------------------------------------------------------------------------------------------------------
 # One model's side
 
+def chunk_size(rows):
+    """Tokens of each of these rows to be read at once."""
+    return max(min(CHUNK, PASS // max(len(rows), 1)), 1)
+
+
 class Reader:
     """A model, its KV cache, and for every row the text that the model is to see.
 
@@ -147,13 +152,10 @@ class Reader:
     def step(self, rows):
         """Read all that is new for `rows`. Returns them in cache order, and the logits (B, V) after each one's last."""
         self.share_prompts([row for row in rows if self.at[row] == 0])
-        goal, chunk = [len(text) for text in self.text], self.chunk(rows)
+        goal, chunk = [len(text) for text in self.text], chunk_size(rows)
         while long := [row for row in rows if goal[row] - self.at[row] > chunk]:
-            self.read(long, goal)
-        return self.read(rows, goal, last=True)
-
-    def chunk(self, rows):
-        return min(CHUNK, max(PASS // len(rows), 1))
+            self.read(long, goal, chunk)
+        return self.read(rows, goal, chunk, last=True)
 
     def share_prompts(self, new):
         """The G roll-outs of one question read their prompt once: one row reads it, the others copy its cache.
@@ -165,23 +167,25 @@ class Reader:
         twins = Counter(self.group)
         new = [row for row in new if twins[self.group[row]] > 1 and len(self.prompts[row]) > 1]
         readers = [row for row in new if self.holder.setdefault(self.group[row], row) == row]
-        goal = [len(prompt) - 1 for prompt in self.prompts]
+        goal, chunk = [len(prompt) - 1 for prompt in self.prompts], chunk_size(readers)
         while unread := [row for row in readers if self.at[row] < goal[row]]:
-            self.read(unread, goal)
+            self.read(unread, goal, chunk)
         for source in {self.holder[self.group[row]] for row in new}:
             copies = [row for row in new if self.group[row] == self.group[source] and row != source]
             self.cache.copy(source, copies, goal[source])
             for row in copies:
                 self.at[row] = self.copied[row] = goal[source]
 
-    def read(self, rows, goal, last=False):
-        """One forward pass over the next tokens of each row, towards goal[row]; shorter rows are padded behind."""
-        order, chunk = self.cache.arrange(rows), self.chunk(rows)
+    def read(self, rows, goal, chunk, last=False):
+        """One forward pass over up to `chunk` tokens of each row, towards goal[row]; shorter rows are padded behind."""
+        order = self.cache.arrange(rows)
         spans = [(self.at[row], min(goal[row], self.at[row] + chunk)) for row in order]
         counts = [end - start for start, end in spans]
         width = max(counts)
-        tokens = [self.text[row][start:end] + [0] * (width - (end - start)) for row, (start, end) in zip(order, spans)]
-        tokens = torch.tensor(tokens, device=self.cache.like.device)
+        tokens = []                                                # one flat list: made a tensor three times as fast
+        for row, (start, end) in zip(order, spans):
+            tokens += self.text[row][start:end] + [0] * (width - (end - start))
+        tokens = torch.tensor(tokens, device=self.cache.like.device).view(-1, width)
         out = (self.model(tokens, self.cache, counts, last=True) if last
                else self.model.hidden(tokens, self.cache, counts))
         for row, (_, end) in zip(order, spans):

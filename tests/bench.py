@@ -1,0 +1,430 @@
+"""How fast the relay engine is, beside what people would use instead: one table from one run.
+
+    python tests/bench.py                        random weights of the real shapes
+    python tests/bench.py --models FOLDER        real ones: FOLDER/smollm2, FOLDER/qwen0.5b
+    python tests/bench.py --rows toy,relay       some of the rows
+    python tests/bench.py --quick                every row at a very small size, to see that all of them work
+
+What to read is the ratio: each work and its rival run in turns in one process, each is warmed up first, and the best
+of several short repeats counts. Rivals: transformers' generate() (these rows need `pip install transformers`), and
+what an engine without one of our techniques would do. A decoding step is timed from token to token, so the reading of
+the prompts is no part of it. "bare" is a loop of the model's matrix products and nothing else (same shapes, same
+dtype): what is left of it is the price of all the rest. Numbers go to standard output, progress to standard error.
+"""
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+import relay as engine  # noqa: E402
+from data import Tokenizer  # noqa: E402
+from model import Transformer, load, parse_config, save  # noqa: E402
+from relay import Reader, relay, small_models  # noqa: E402
+from warmup import TOY_SIZES  # noqa: E402
+
+try:
+    import transformers
+    from transformers import AutoModelForCausalLM, LogitsProcessorList
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+except ImportError:
+    transformers = None
+
+QWEN = dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"], vocab_size=151936, max_position_embeddings=32768,
+            rope_theta=1e6, rms_norm_eps=1e-6, num_key_value_heads=2)
+SHAPES = {
+    "smollm2": dict(model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=49152, hidden_size=576,
+                    intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+                    head_dim=64, max_position_embeddings=8192, rope_theta=1e5, tie_word_embeddings=True),
+    "qwen0.5b": dict(QWEN, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+                     tie_word_embeddings=False),
+    "slm": dict(QWEN, hidden_size=896, intermediate_size=4864, num_hidden_layers=4, num_attention_heads=14,
+                tie_word_embeddings=True),
+    "llm": dict(QWEN, hidden_size=1536, intermediate_size=8960, num_hidden_layers=4, num_attention_heads=12,
+                tie_word_embeddings=True),
+    "toy": dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], vocab_size=330, max_position_embeddings=512,
+                rope_theta=1e4, tie_word_embeddings=True, **TOY_SIZES["slm"]),
+}
+TEXTS = ["What is the capital of France?", "Tom has 3 boxes of 12 pens and gives away 7. How many pens are left?",
+         "Write a short poem about the sea.", "Why is the sky blue?", "List five animals that can swim.",
+         "Explain what a prime number is to a child.", "Translate 'good morning' into French and into Spanish.",
+         "A train leaves at 9 and arrives at 12, at 80 km an hour. How far does it go, and why?"]
+COMMAND = 0      # the token that is a whole command in the tokenizer below
+
+
+class Numbers:
+    """A tokenizer for models that need no text: token 0 is a command that asks for `asked` tokens, nothing ends."""
+
+    def __init__(self, size, asked=20, ends=()):
+        self.token_bytes = [engine.command(asked).encode()] + [b" x"] * (size - 1)
+        self.known, self.end_ids = [True] * size, set(ends)
+
+    def encode_bytes(self, data):
+        return [1] * (len(data) // 2)
+
+
+class Forced(torch.nn.Module):
+    """A model that computes all that it would, and then writes what it is told: the command at each of `calls`."""
+
+    def __init__(self, model, prompts, calls):
+        super().__init__()
+        self.model, self.config, self.embed, self.hidden = model, model.config, model.embed, model.hidden
+        self.read = [len(prompt) for prompt in prompts]
+        self.calls = calls
+
+    def forward(self, tokens, cache, counts, last):
+        logits = self.model(tokens, cache, counts, last)
+        for slot in range(len(tokens)):
+            written = cache.lengths[slot] - self.read[cache.rows[slot]]
+            logits[slot, COMMAND] = 1e4 if written in self.calls else -1e4
+        return logits
+
+
+class Bench:
+    """What all rows share: the settings, the models, the clock, the lines of the table."""
+
+    def __init__(self, args):
+        self.args, self.lines, self.notes, self.skipped = args, [], [], []
+        self.quick, self.device = args.quick, args.device
+        self.repeats = 1 if args.quick else 3
+        self.native = args.device != "cpu" or torch.cpu._is_avx512_bf16_supported()
+
+    def size(self, n, quick):
+        return quick if self.quick else n
+
+    def now(self):
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def seconds(self, work):
+        start = self.now()
+        work()
+        return self.now() - start
+
+    def turns(self, *works):
+        """Each work returns its seconds. All are warmed up, then run in turns: the best of each."""
+        for work in works:
+            work()
+        runs = [[work() for work in works] for _ in range(self.repeats)]
+        return [min(times) for times in zip(*runs)]
+
+    def model(self, name, dtype):
+        """(model, its directory or None): the real one where there is one, else random weights of its shape."""
+        path = self.args.models and self.args.models / name
+        if path and path.is_dir() and not self.quick:
+            return load(path, self.device, dtype), path
+        shape = dict(SHAPES[name])
+        if self.quick:
+            shape.update(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=300, head_dim=8,
+                         num_attention_heads=4, num_key_value_heads=2)
+        return Transformer(parse_config(shape, name)).initialize(0).to(self.device, dtype).eval(), None
+
+    def rival(self, model, path):
+        """The same weights in transformers."""
+        if path is not None:
+            other = AutoModelForCausalLM.from_pretrained(path, dtype=model.embed.weight.dtype)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                save(model, folder)
+                other = AutoModelForCausalLM.from_pretrained(folder, dtype=model.embed.weight.dtype)
+        other.generation_config.eos_token_id = None
+        return other.to(self.device).eval()
+
+    def prompts(self, model, path, rows):
+        """Prompts of different lengths: real questions for a real model."""
+        if path is not None:
+            tokenizer = Tokenizer(path)
+            return [tokenizer.chat(text) for text in TEXTS[:rows]]
+        generator = torch.Generator().manual_seed(1)
+        return [torch.randint(1, model.config.vocab_size, (20 + i % 20,), generator=generator).tolist()
+                for i in range(rows)]
+
+    def bare(self, model, rows):
+        """(seconds of the bare matrix products of one step, bytes of weights that it reads)."""
+        weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+        weights += [model.embed.weight] if model.config.tied else []
+        inputs = {w.shape[1]: torch.randn(rows, w.shape[1], device=self.device, dtype=w.dtype) for w in weights}
+
+        @torch.inference_mode()
+        def products():
+            for w in weights:
+                F.linear(inputs[w.shape[1]], w)
+        return lambda: self.seconds(products), sum(w.numel() * w.element_size() for w in weights)
+
+    def add(self, work, dtype, ours, rival="", against="", ratio=None, gbs=None, share=None):
+        line = (work, str(dtype).removeprefix("torch."), ours, rival, against, "" if ratio is None else f"{ratio:.2f}x",
+                "" if gbs is None else f"{gbs:.1f}", "" if share is None else f"{share:.0%}")
+        self.lines.append(line)
+        print("  ".join(cell for cell in line if cell), file=sys.stderr)
+
+    def print(self):
+        head = ("work", "dtype", "ours", "rival", "which is", "ratio", "GB/s", "of bare")
+        widths = [max(map(len, column)) for column in zip(head, *self.lines)]
+        for line in (head, tuple("-" * width for width in widths), *self.lines):
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+        for note in self.notes:
+            print(note)
+        if self.skipped:
+            print(f"skipped, for want of transformers (pip install transformers): {', '.join(self.skipped)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding, beside generate()
+
+def step_times(bench, model, prompts, tokens, temperature):
+    """(median seconds from one token of row 0 to its next, tokens of all rows) of our engine."""
+    times = []
+    out = relay(model, None, Numbers(model.config.vocab_size), prompts, max_new_tokens=tokens, temperature=temperature,
+                on_token=lambda row, token, by_llm: times.append(bench.now()) if row == 0 else None)
+    return statistics.median(b - a for a, b in zip(times[1:], times[2:])), [o.tokens for o in out]
+
+
+def generate_times(bench, other, prompts, tokens, temperature):
+    """The same of generate(), with left padding."""
+    times, width = [], max(map(len, prompts))
+
+    def note_time(ids, scores):
+        times.append(bench.now())
+        return scores
+
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=bench.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=bench.device)
+    sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
+    out = other.generate(ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=0, repetition_penalty=1.0,
+                         logits_processor=LogitsProcessorList([note_time]), **sampling)
+    return statistics.median(b - a for a, b in zip(times[1:], times[2:])), out[:, width:].tolist()
+
+
+def decode(bench, work, name, rows, tokens, temperature=0.0):
+    """One line for each dtype: a decoding step of `rows` rows."""
+    if transformers is None:
+        bench.skipped.append(work)
+        return
+    for dtype in (torch.float32, torch.bfloat16):
+        if name == "toy" and dtype == torch.bfloat16 and bench.device == "cpu":
+            continue                                     # so small a model has nothing to gain from it
+        model, path = bench.model(name, dtype)
+        other, prompts, wrote = bench.rival(model, path), bench.prompts(model, path, rows), {}
+
+        def ours():
+            seconds, wrote["ours"] = step_times(bench, model, prompts, tokens, temperature)
+            return seconds
+
+        def theirs():
+            seconds, wrote["theirs"] = generate_times(bench, other, prompts, tokens, temperature)
+            return seconds
+
+        products, size = bench.bare(model, rows)
+        mine, rival, bare = bench.turns(ours, theirs, products)
+        bench.add(work, dtype, f"{rows / mine:.1f} tokens/s", f"{rows / rival:.1f} tokens/s", "generate", rival / mine,
+                  size / mine / 1e9, bare / mine)
+        if temperature == 0:
+            same = [a == b for x, y in zip(wrote["ours"], wrote["theirs"]) for a, b in zip(x, y)]
+            bench.notes.append(f"{work}, {str(dtype)[6:]}: {sum(same) / len(same):.0%} of the greedy tokens are "
+                               "generate's")
+        del model, other
+
+
+def smollm2(bench):
+    decode(bench, "decode SmolLM2-135M, 1 row", "smollm2", 1, bench.size(32, 4))
+
+
+def ragged(bench):
+    decode(bench, "decode SmolLM2-135M, 8 ragged rows", "smollm2", 8, bench.size(20, 4))
+
+
+def qwen(bench):
+    decode(bench, "decode Qwen2.5-0.5B, 1 row", "qwen0.5b", 1, bench.size(16, 4))
+
+
+def toy(bench):
+    threads = torch.get_num_threads()
+    small_models()                                       # as the scripts do for the toy; the rival profits as much
+    decode(bench, "decode toy SLM, 256 rows, 1 thread", "toy", bench.size(256, 8), bench.size(64, 4), temperature=1.0)
+    torch.set_num_threads(threads)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The relay, beside re-sending
+
+class ReSending(Reader):
+    """An LLM that keeps nothing between its turns: at each call it reads the row's whole context again.
+
+    It shares all else with ours, the reading of equal prompts once in a turn included.
+    """
+
+    def feed(self, row, tokens, own=False):
+        if not own and self.at[row]:
+            self.drop([row])
+            self.at[row] = 0
+        super().feed(row, tokens, own)
+
+
+def relay_row(bench):
+    """4 questions x 8 roll-outs, three calls of 20 tokens each, contexts of about 1,000 tokens."""
+    questions, group, size = bench.size(4, 2), bench.size(8, 2), bench.size(950, 20)
+    calls, asked, gap = 3, bench.size(20, 3), 6
+    budget = calls * (gap + 1 + asked) + gap
+    for dtype in (torch.float32, torch.bfloat16) if bench.native else (torch.float32,):
+        (slm, _), (llm, _) = bench.model("slm", dtype), bench.model("llm", dtype)
+        generator = torch.Generator().manual_seed(2)
+        prompts = [torch.randint(1, slm.config.vocab_size, (size,), generator=generator).tolist()
+                   for _ in range(questions) for _ in range(group)]
+        prompts = [prompts[i - i % group] for i in range(len(prompts))]
+        writer = Forced(slm, prompts, [gap + i * (gap + 1 + asked) for i in range(calls)])
+        helper = Forced(llm, prompts, ())                # never writes a command
+
+        def play(reader):
+            """Seconds of one relay whose LLM is read by this kind of Reader."""
+            engine.Reader = lambda model, prompts: (reader if model is helper else Reader)(model, prompts)
+            start = bench.now()
+            out = relay(writer, helper, Numbers(slm.config.vocab_size, asked), prompts, max_new_tokens=budget)
+            engine.Reader = Reader
+            assert all(len(o.calls) == calls and sum(o.by_llm) == calls * asked for o in out)
+            return bench.now() - start
+
+        # Half a minute and more each: long enough to need no repeats
+        relay(slm, llm, Numbers(slm.config.vocab_size), prompts[:2], max_new_tokens=4)
+        mine, rival = play(Reader), play(ReSending)
+        total = len(prompts) * budget
+        bench.add(f"relay, {questions} x {group} roll-outs, {calls} calls", dtype, f"{total / mine:.1f} tokens/s",
+                  f"{total / rival:.1f} tokens/s", "re-sending at each call", rival / mine)
+
+
+def handoff(bench):
+    """One hand-off: the LLM gets the SLM's last 20 tokens and writes its first."""
+    for dtype in (torch.float32, torch.bfloat16) if bench.native else (torch.float32,):
+        llm, _ = bench.model("llm", dtype)
+        costs = {}
+        for size in bench.size((250, 500, 1000, 2000), (40, 80)):
+            generator = torch.Generator().manual_seed(size)
+            text = torch.randint(1, llm.config.vocab_size, (size + 20 * 20,), generator=generator).tolist()
+            kept = Reader(llm, [text[:size - 20]])
+
+            @torch.inference_mode()
+            def hand_off():
+                kept.feed(0, text[len(kept.text[0]):][:20])
+                return bench.seconds(lambda: kept.step([0]))
+
+            @torch.inference_mode()
+            def re_send():
+                return bench.seconds(lambda: Reader(llm, [text[:size]]).step([0]))
+
+            kept.step = torch.inference_mode()(kept.step)
+            kept.step([0])
+            costs[size] = mine, rival = bench.turns(hand_off, re_send)
+            bench.add(f"hand-off of 20 tokens at {size}", dtype, f"{mine * 1e3:.0f} ms", f"{rival * 1e3:.0f} ms",
+                      "re-sending", rival / mine)
+        first, last = min(costs), max(costs)
+        bench.notes.append(f"hand-off, {str(dtype)[6:]}: from {first} to {last} tokens ours grows "
+                           f"{costs[last][0] / costs[first][0]:.2f}x, re-sending {costs[last][1] / costs[first][1]:.1f}x")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts and memory
+
+def megabytes(cache):
+    return sum(kv.numel() * kv.element_size() for kv in cache.layers) / 1e6
+
+
+def prompt(bench):
+    """The first step of G = 8 roll-outs: one question eight times, or eight questions."""
+    model, _ = bench.model("slm", torch.float32)
+    group, size, last = 8, bench.size(500, 20), {}
+    generator = torch.Generator().manual_seed(3)
+    texts = torch.randint(1, model.config.vocab_size, (group, size), generator=generator).tolist()
+
+    @torch.inference_mode()
+    def first_step(name, prompts):
+        reader = last[name] = Reader(model, prompts)
+        return bench.seconds(lambda: reader.step(list(range(group))))
+
+    mine, rival = bench.turns(lambda: first_step("one", [texts[0]] * group), lambda: first_step("eight", texts))
+    read = {name: sum(sum(reader.cost(row)) for row in range(group)) for name, reader in last.items()}
+    bench.add(f"prompt of {size} tokens, G = {group}", torch.float32,
+              f"{mine * 1e3:.0f} ms, {read['one']} tokens read", f"{rival * 1e3:.0f} ms, {read['eight']} tokens read",
+              f"{group} separate prompts", rival / mine)
+    bench.notes.append(f"prompt: a cache of {megabytes(last['one'].cache):.1f} MB, for separate prompts "
+                       f"{megabytes(last['eight'].cache):.1f} MB (each roll-out owns its copy)")
+
+
+def memory(bench):
+    """The cache of roll-outs that end at random, at every step beside live rows x their longest."""
+    model, _ = bench.model("toy", torch.float32)
+    rows, tokens, seen = bench.size(64, 8), bench.size(400, 20), []
+
+    class Watched(Reader):
+        def read(self, *args, **options):
+            out = super().read(*args, **options)
+            cache = self.cache
+            per_token = 2 * model.config.kv_heads * model.config.head_dim * model.config.layers * 4 / 1e6
+            seen.append((megabytes(cache), len(cache.rows) * max(cache.lengths) * per_token))
+            return out
+
+    engine.Reader = Watched
+    relay(model, None, Numbers(model.config.vocab_size, ends=(1, 2, 3)), bench.prompts(model, None, rows),
+          max_new_tokens=tokens, temperature=1.0)
+    engine.Reader = Reader
+    most, needed = (max(column) for column in zip(*seen))
+    mean = sum(held for held, _ in seen) / sum(need for _, need in seen)
+    bench.add(f"memory of a cache, {rows} rows", torch.float32, f"{most:.2f} MB at most", f"{needed:.2f} MB at most",
+              "live rows x longest row")
+    bench.notes.append(f"memory: {mean:.2f} times what the live rows need, on average over all steps")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exactness
+
+def flips(bench):
+    """How often a sampled token is another one in a batch than alone, where the text before it is the same."""
+    for name, rows, tokens in (("smollm2", 8, bench.size(40, 4)), ("toy", bench.size(64, 4), bench.size(64, 4))):
+        for dtype in (torch.float32, torch.bfloat16):
+            model, path = bench.model(name, dtype)
+            prompts, options = bench.prompts(model, path, rows), dict(max_new_tokens=tokens, temperature=0.7)
+            tokenizer = Numbers(model.config.vocab_size)
+            together = relay(model, None, tokenizer, prompts, seed=1, **options)
+            flipped = compared = 0
+            for i, (text, other) in enumerate(zip(prompts, together)):
+                alone, = relay(model, None, tokenizer, [text], seed=[(1, i)], **options)
+                pairs = list(zip(alone.tokens, other.tokens))
+                first = next((k for k, (a, b) in enumerate(pairs) if a != b), None)
+                flipped += first is not None
+                compared += len(pairs) if first is None else first + 1
+            bench.add(f"tokens that flip between 1 and {rows} rows, {name}", dtype, f"{flipped} of {compared}")
+
+
+ROWS = dict(smollm2=smollm2, ragged=ragged, qwen=qwen, toy=toy, relay=relay_row, handoff=handoff, prompt=prompt,
+            memory=memory, flips=flips)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--models", type=Path, metavar="FOLDER", help="real checkpoints: FOLDER/smollm2, FOLDER/qwen0.5b")
+    p.add_argument("--rows", default=",".join(ROWS), help=f"which rows, with commas between: {', '.join(ROWS)}")
+    p.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
+    p.add_argument("--device", default="cpu", help="cpu, cuda (cpu)")
+    p.add_argument("--quick", action="store_true", help="very small sizes, to see that every row works")
+    args = p.parse_args()
+    chosen = args.rows.split(",")
+    if unknown := [name for name in chosen if name not in ROWS]:
+        p.error(f"no such row: {', '.join(unknown)}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    bench, start = Bench(args), time.perf_counter()
+    for name in chosen:
+        ROWS[name](bench)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.device}, bfloat16 "
+          f"{'in hardware' if bench.native else 'not in hardware'}, {time.perf_counter() - start:.0f} s")
+    bench.print()
+
+
+if __name__ == "__main__":
+    main()
