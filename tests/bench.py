@@ -197,7 +197,9 @@ def generate_times(bench, other, prompts, tokens, temperature):
 
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=bench.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=bench.device)
-    sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
+    sampling = dict(do_sample=False)
+    if temperature:
+        sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
     out = other.generate(ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=0, repetition_penalty=1.0,
                          logits_processor=LogitsProcessorList([note_time]), **sampling)
     return statistics.median(b - a for a, b in zip(times[1:], times[2:])), out[:, width:].tolist()
@@ -324,8 +326,9 @@ def handoff(bench):
             bench.add(f"hand-off of 20 tokens at {size}", dtype, f"{mine * 1e3:.0f} ms", f"{rival * 1e3:.0f} ms",
                       "re-sending", rival / mine)
         first, last = min(costs), max(costs)
-        bench.notes.append(f"hand-off, {str(dtype)[6:]}: from {first} to {last} tokens ours grows "
-                           f"{costs[last][0] / costs[first][0]:.2f}x, re-sending {costs[last][1] / costs[first][1]:.1f}x")
+        ours, rival = (b / a for a, b in zip(costs[first], costs[last]))
+        bench.notes.append(f"hand-off, {str(dtype)[6:]}: from {first} to {last} tokens of context, the cost grows "
+                           f"{ours:.2f}x, of re-sending {rival:.1f}x")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
