@@ -7,7 +7,8 @@ result. Because the answers are its own, right or wrong, what it knows does not 
     loss = - mean over answer tokens of log p(token | all before it)
 
 With no --slm and --llm the pair is the toy's, and stage 0 trains it here from scratch, a process and a core each. What
-both stages need stands first: log-probabilities of chosen tokens, micro-batches, one optimizer step.
+both stages need stands first: several processes that train one model, log-probabilities of chosen tokens,
+micro-batches, one optimizer step.
 """
 import argparse
 import itertools
