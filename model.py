@@ -314,7 +314,8 @@ class Cache:
             def store(k, v):
                 new = torch.stack((k, v))                                                     # (2, B, kv_heads, T, D)
                 kv.view(-1, kv.shape[-1]).index_copy_(0, address, new.view(-1, kv.shape[-1]))
-                return kv[0, :B, :, :width], kv[1, :B, :, :width], mask
+                keys, values = kv[:, :B, :, :width]
+                return keys, values, mask
             return store
         return [past(kv) for kv in self.layers]
 

@@ -6,17 +6,19 @@
     python tests/bench.py --quick                every row at a very small size, to see that all of them work
 
 What to read is the ratio: each work and its rival run in turns in one process, each is warmed up first, and the best
-of several short repeats counts. Rivals: transformers' generate() (these rows need `pip install transformers`), and
+of several short repeats counts (of a decoding run: each step's best, so that steps at which a cache grows count too). Rivals: transformers' generate() (these rows need `pip install transformers`), and
 what an engine without one of our techniques would do. A decoding step is timed from token to token, so the reading of
 the prompts is no part of it. "bare" is a loop of the model's matrix products and nothing else (same shapes, same
 dtype): what is left of it is the price of all the rest. Numbers go to standard output, progress to standard error.
 """
 import argparse
+import importlib.util
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -24,10 +26,11 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 import relay as engine  # noqa: E402
-from data import Tokenizer  # noqa: E402
+import grpo  # noqa: E402
+from data import Question, Tokenizer, save_toy_tokenizer  # noqa: E402
 from model import Transformer, load, parse_config, save  # noqa: E402
 from relay import Reader, relay, small_models  # noqa: E402
-from warmup import TOY_SIZES  # noqa: E402
+from warmup import TOY_SIZES, adamw  # noqa: E402
 
 try:
     import transformers
@@ -93,7 +96,7 @@ class Bench:
     def __init__(self, args):
         self.args, self.lines, self.notes, self.skipped = args, [], [], []
         self.quick, self.device = args.quick, args.device
-        self.repeats = 1 if args.quick else 3
+        self.repeats = 1 if args.quick else 4
         self.native = args.device != "cpu" or torch.cpu._is_avx512_bf16_supported()
 
     def size(self, n, quick):
@@ -107,14 +110,15 @@ class Bench:
     def seconds(self, work):
         start = self.now()
         work()
-        return self.now() - start
+        return [self.now() - start]
 
     def turns(self, *works):
-        """Each work returns its seconds. All are warmed up, then run in turns: the best of each."""
+        """Each work returns the seconds of its steps. All are warmed up, then run in turns. Returns for each work the
+        mean of its steps' best times."""
         for work in works:
             work()
         runs = [[work() for work in works] for _ in range(self.repeats)]
-        return [min(times) for times in zip(*runs)]
+        return [statistics.mean(min(times) for times in zip(*repeats)) for repeats in zip(*runs)]
 
     def model(self, name, dtype):
         """(model, its directory or None): the real one where there is one, else random weights of its shape."""
@@ -148,7 +152,7 @@ class Bench:
                 for i in range(rows)]
 
     def bare(self, model, rows):
-        """(seconds of the bare matrix products of one step, bytes of weights that it reads)."""
+        """(a work: the bare matrix products of one step; bytes of weights that it reads)."""
         weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
         weights += [model.embed.weight] if model.config.tied else []
         inputs = {w.shape[1]: torch.randn(rows, w.shape[1], device=self.device, dtype=w.dtype) for w in weights}
@@ -180,11 +184,11 @@ class Bench:
 # Decoding, beside generate()
 
 def step_times(bench, model, prompts, tokens, temperature):
-    """(median seconds from one token of row 0 to its next, tokens of all rows) of our engine."""
+    """(seconds from each token of row 0 to its next, tokens of all rows) of our engine."""
     times = []
     out = relay(model, None, Numbers(model.config.vocab_size), prompts, max_new_tokens=tokens, temperature=temperature,
                 on_token=lambda row, token, by_llm: times.append(bench.now()) if row == 0 else None)
-    return statistics.median(b - a for a, b in zip(times[1:], times[2:])), [o.tokens for o in out]
+    return [b - a for a, b in zip(times, times[1:])], [o.tokens for o in out]
 
 
 def generate_times(bench, other, prompts, tokens, temperature):
@@ -202,7 +206,7 @@ def generate_times(bench, other, prompts, tokens, temperature):
         sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
     out = other.generate(ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=0, repetition_penalty=1.0,
                          logits_processor=LogitsProcessorList([note_time]), **sampling)
-    return statistics.median(b - a for a, b in zip(times[1:], times[2:])), out[:, width:].tolist()
+    return [b - a for a, b in zip(times, times[1:])], out[:, width:].tolist()
 
 
 def decode(bench, work, name, rows, tokens, temperature=0.0):
@@ -404,7 +408,80 @@ def flips(bench):
             bench.add(f"tokens that flip between 1 and {rows} rows, {name}", dtype, f"{flipped} of {compared}")
 
 
-ROWS = dict(smollm2=smollm2, ragged=ragged, qwen=qwen, toy=toy, relay=relay_row, handoff=handoff, prompt=prompt,
+# ---------------------------------------------------------------------------------------------------------------------
+# A step of GRPO, beside TRL
+
+def our_steps(folder, questions, group, tokens, steps):
+    """Seconds of (sampling, learning) of each step; half of all answers are called right, so that there is a gradient."""
+    policy, reference, tokenizer = load(folder), load(folder), Tokenizer(folder)
+    args = SimpleNamespace(
+        group=group, max_new_tokens=tokens, temperature=1.0, llm_temperature=0.7, batch=256, seed=0, reward="difficulty",
+        updates=1, skip_equal=False, scale_by_std=True, rho_asked=False, batch_scenarios=False, clip_low=0.2, clip_high=0.3,
+        kl=0.01, rate=1e-6, loss="token", llm_tokens_in_loss=False, micro_tokens=3000, signals=SimpleNamespace())
+    right, grpo.correct = grpo.correct, lambda question, rollout, tokenizer: sum(rollout.tokens) % 2 == 0
+    optimizer, known = adamw(policy, 1e-6), torch.tensor(tokenizer.known)
+    try:
+        metrics = [grpo.train_step(step, [Question(text, "1") for text in questions], policy, reference, None, tokenizer,
+                                   optimizer, known, args)[0] for step in range(steps)]
+    finally:
+        grpo.correct = right
+    return [(m["sample_seconds"], m["learn_seconds"]) for m in metrics]
+
+
+def trl_steps(folder, questions, group, tokens, steps):
+    """Seconds of each step of TRL's GRPOTrainer with the same model, questions, group, length, KL and rewards."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+    seconds = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, *args, **options):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *args, **options):
+            seconds.append(time.perf_counter() - self.start)
+
+    with tempfile.TemporaryDirectory() as out:
+        config = GRPOConfig(
+            output_dir=out, per_device_train_batch_size=len(questions) * group, num_generations=group, max_steps=steps,
+            max_completion_length=tokens, learning_rate=1e-6, beta=0.01, temperature=1.0, use_cpu=True, bf16=False,
+            gradient_checkpointing=False, report_to=[], save_strategy="no", logging_steps=1000, disable_tqdm=True)
+        rows = [dict(prompt=[dict(role="user", content=text)]) for text in questions] * steps
+        trainer = GRPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), args=config, callbacks=[Clock()],
+            train_dataset=Dataset.from_list(rows), processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+            reward_funcs=lambda completion_ids, **rest: [float(sum(ids) % 2 == 0) for ids in completion_ids])
+        trainer.train()
+    return seconds
+
+
+def grpo_row(bench):
+    """Float32 on both sides, no calls: what differs is the engine and the learner."""
+    if transformers is None or importlib.util.find_spec("trl") is None:
+        bench.notes.append("the row grpo needs trl (pip install trl)")
+        return
+    works = [("GRPO step, toy SLM", None, bench.size(16, 2), bench.size(16, 4), bench.size(64, 8))]
+    smollm2 = bench.args.models and bench.args.models / "smollm2"
+    if smollm2 and smollm2.is_dir() and not bench.quick:
+        works.append(("GRPO step, SmolLM2-135M", smollm2, 2, 8, 64))
+    for work, path, n, group, tokens in works:
+        with tempfile.TemporaryDirectory() as made:
+            if path is None:
+                save_toy_tokenizer(made)
+                tokenizer = Tokenizer(made)
+                shape = dict(SHAPES["toy"], vocab_size=len(tokenizer.known), eos_token_id=tokenizer.end_id)
+                save(Transformer(parse_config(shape, "toy")).initialize(0), made)
+            asked = [f"Dan buys {i + 2} lutes and a basket for 5 coins. How many coins does Dan pay?" for i in range(n)]
+            steps = bench.size(3, 1)
+            ours = our_steps(path or made, asked, group, tokens, steps)
+            theirs = trl_steps(path or made, asked, group, tokens, steps)
+        best = min(ours, key=sum)
+        bench.add(f"{work}, {n} x {group} x {tokens}", torch.float32, f"{sum(best):.2f} s", f"{min(theirs):.2f} s", "TRL",
+                  min(theirs) / sum(best))
+        bench.notes.append(f"{work}: sampling {best[0]:.2f} s, learning {best[1]:.2f} s")
+
+
+ROWS = dict(grpo=grpo_row, smollm2=smollm2, ragged=ragged, qwen=qwen, toy=toy, relay=relay_row, handoff=handoff, prompt=prompt,
             memory=memory, flips=flips)
 
 
