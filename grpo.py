@@ -96,8 +96,8 @@ def examples_of(rollouts, llm_tokens=False):
 
     llm_tokens=True is for comparison: the public code lets the loss run over the LLM's tokens too.
     """
-    return [Example(r.prompt + r.tokens, [False] * len(r.prompt) + [llm_tokens or not b for b in r.by_llm])
-            for r in rollouts]
+    return [Example(r.prompt + r.tokens, [False] * len(r.prompt) + [llm_tokens or not b for b in r.by_llm],
+                    shared=len(r.prompt)) for r in rollouts]
 
 
 def update(policy, reference, optimizer, rollouts, advantage, known, args):

@@ -27,6 +27,7 @@ import shutil
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -119,15 +120,21 @@ class Layer(nn.Module):
         self.gate_up = nn.Linear(c.hidden, 2 * c.ffn, bias=c.mlp_bias)
         self.down = nn.Linear(c.ffn, c.hidden, bias=c.mlp_bias)
 
-    def forward(self, x, cos, sin, past=None):
-        """x: (B, T, hidden); `past`: this layer's part of a KV cache (see Cache.open), or None for whole sequences."""
-        x = x + self.out(self.attention(self.attn_norm(x), cos, sin, past))
+    def forward(self, x, cos, sin, past=None, grid=None):
+        """x: (B, T, hidden); `past`: this layer's part of a KV cache (see Cache.open), or None for whole sequences.
+
+        With a Grid, x is (N, hidden), and only attention sees the N tokens as rows.
+        """
+        x = x + self.out(self.attention(self.attn_norm(x), cos, sin, past, grid))
         gate, up = self.gate_up(self.ffn_norm(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 
-    def attention(self, x, cos, sin, past):
-        c, (B, T, _) = self.config, x.shape
-        qkv = self.qkv(x).view(B, T, -1, c.head_dim).transpose(1, 2)           # (B, heads + 2 * kv_heads, T, D)
+    def attention(self, x, cos, sin, past, grid):
+        c, qkv = self.config, self.qkv(x)
+        if grid is not None:
+            qkv = F.embedding(grid.take, qkv)                                  # (N, ...) to (B, T, ...)
+        B, T, _ = qkv.shape
+        qkv = qkv.view(B, T, -1, c.head_dim).transpose(1, 2)                   # (B, heads + 2 * kv_heads, T, D)
         qk, v = qkv.split((c.heads + c.kv_heads, c.kv_heads), dim=1)
         if c.qk_norm:
             q, k = qk.split((c.heads, c.kv_heads), dim=1)
@@ -142,7 +149,18 @@ class Layer(nn.Module):
             # The queries of a group see the same keys: folded into the time axis they need no copy of them.
             y = F.scaled_dot_product_attention(q.reshape(B, c.kv_heads, group * T, c.head_dim), k, v, attn_mask=mask)
             y = y.view(B, c.heads, T, c.head_dim)
-        return y.transpose(1, 2).reshape(B, T, -1)
+        y = y.transpose(1, 2).reshape(B, T, -1)
+        return y if grid is None else F.embedding(grid.put, y.flatten(0, 1))   # and back to (N, ...)
+
+
+class Grid(NamedTuple):
+    """Sequences without padding, for learning: N tokens in one list, and how they stand in rows for attention.
+
+    Most of a layer's work looks at one token alone, so it pays to have each token once: no padding, and a prompt that
+    many rows begin with only one time. (F.embedding is the gather whose gradient is fast.)
+    """
+    take: torch.Tensor     # (B, T) int64: the place in the list of each row's tokens; anything behind a row's end
+    put: torch.Tensor      # (N,) int64: row * T + column where each token stands (one of them, if it stands in many)
 
 
 class Transformer(nn.Module):
@@ -170,14 +188,14 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.05, generator=generator)
         return self
 
-    def hidden(self, tokens, cache=None, counts=None):
-        """The last layer's normed output, (B, T, hidden), for tokens (B, T).
+    def hidden(self, tokens, cache=None, counts=None, grid=None):
+        """The last layer's normed output, (B, T, hidden), for tokens (B, T); with a Grid, (N, hidden) for tokens (N,).
 
         With a cache, row i is the cache's slot i, its tokens stand after those it holds, and only the first counts[i]
         of them are real (default: all T); the rest is padding, whose outputs mean nothing. Without one, every row is a
         whole sequence from position 0; padding at its end is seen by nothing before it.
         """
-        B, T = tokens.shape
+        B, T = tokens.shape if grid is None else grid.take.shape
         if self.freq is None or self.freq.device != tokens.device:
             self.freq = rope_frequencies(self.config).to(tokens.device)
         position = torch.arange(T, device=tokens.device)[None]                 # (1, T)
@@ -190,9 +208,9 @@ class Transformer(nn.Module):
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         for layer, layer_past in zip(self.layers, past):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, None, grid, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, layer_past)
+                x = layer(x, cos, sin, layer_past, grid)
         if cache is not None:
             cache.close([T] * B if counts is None else counts)
         return self.norm(x)

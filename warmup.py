@@ -25,12 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import distributed
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import Tokenizer, load_questions, save_toy_tokenizer, split_of, toy_questions, with_asides
-from model import Transformer, parse_config, save
+from model import Grid, Transformer, parse_config, save
 from relay import (Run, command, correct, entropy, fill_in, load_pair, log_softmax, machine, parser, positive, relay,
                    run_script, small_models)
 
@@ -167,34 +168,64 @@ class Example:
     """A sequence, and which of its tokens are to be learned (never the first: nothing predicts it)."""
     tokens: list
     learn: list
+    shared: int = 0     # so many of its first tokens are a prompt that other examples begin with, too
 
 
 def micro_batches(examples, most):
-    """Indices of examples, packed by length into batches of at most `most` tokens, padding included."""
-    batch, batches = [], []
-    for i in sorted(range(len(examples)), key=lambda i: len(examples[i].tokens)):
-        if batch and len(examples[i].tokens) * (len(batch) + 1) > most:
+    """Indices of examples, packed by length into batches of at most `most` tokens, padding and shared ones included.
+
+    The roll-outs of one prompt stay together, so that a batch reads it once.
+    """
+    prompts, longest = [tuple(e.tokens[:e.shared]) or i for i, e in enumerate(examples)], {}
+    for prompt, e in zip(prompts, examples):
+        longest[prompt] = max(longest.get(prompt, 0), len(e.tokens))
+    first = {prompt: i for i, prompt in enumerate(longest)}
+    order = sorted(range(len(examples)),
+                   key=lambda i: (longest[prompts[i]], first[prompts[i]], len(examples[i].tokens)))
+    batch, batches, width = [], [], 0
+    for i in order:
+        width = max(width, len(examples[i].tokens))
+        if batch and width * (len(batch) + 1) > most:
             batches.append(batch)
-            batch = []
+            batch, width = [], len(examples[i].tokens)
         batch.append(i)
     return batches + [batch] if batch else batches
+
+
+def pack(examples, device):
+    """Examples as one list of tokens (N,) and its Grid; where in it the learned tokens are predicted, and those tokens.
+
+    The last token of an example predicts nothing and is left out.
+    """
+    width = max(len(e.tokens) for e in examples) - 1
+    tokens, take, put, at, targets, prompts = [], [], [], [], [], {}
+    for row, e in enumerate(examples):
+        start = prompts.setdefault(tuple(e.tokens[:e.shared]) or row, len(tokens))
+        places = list(range(start, start + e.shared)) if start < len(tokens) else []
+        new = range(len(places), len(e.tokens) - 1)                            # columns of this row that stand nowhere
+        places += range(len(tokens), len(tokens) + len(new))
+        tokens += e.tokens[new.start:new.stop]
+        put += [row * width + column for column in new]
+        take.append(places + [0] * (width - len(places)))
+        learned = [column for column, learn in enumerate(e.learn[1:]) if learn]
+        at += [places[column] for column in learned]
+        targets += [e.tokens[column + 1] for column in learned]
+    tokens, take, put, at, targets = (torch.tensor(ids, dtype=torch.long, device=device)
+                                      for ids in (tokens, take, put, at, targets))
+    return tokens, Grid(take, put), at, targets
 
 
 HEAD = 2**26      # logits in memory at once
 
 
 def token_logprobs(model, examples, known, temperature=1.0, entropies=False, chunk=None):
-    """Log-probabilities of all learned tokens, (N,), example by example, and the entropies there (N,), no gradient.
+    """Log-probabilities of all learned tokens, (n,), example by example, and the entropies there (n,), no gradient.
 
     Only the positions that predict a learned token pass the output head, `chunk` at a time (default: HEAD logits), and
     each chunk's logits are computed again in the backward pass: with a vocabulary of 152k a batch's would not fit.
     """
-    device = model.embed.weight.device
-    width = max(len(e.tokens) for e in examples)
-    tokens = torch.tensor([e.tokens + [0] * (width - len(e.tokens)) for e in examples], device=device)
-    learn = torch.tensor([e.learn + [False] * (width - len(e.learn)) for e in examples], device=device)[:, 1:]
-    hidden = model.hidden(tokens[:, :-1])[learn]                               # (N, hidden)
-    targets = tokens[:, 1:][learn]                                             # (N,)
+    tokens, grid, at, targets = pack(examples, model.embed.weight.device)
+    hidden = F.embedding(at, model.hidden(tokens, grid=grid))                  # (n, hidden)
 
     def head(hidden, targets):
         logprobs = log_softmax(model.logits(hidden), known, temperature)
