@@ -279,12 +279,13 @@ def page(rows, questions, rollouts, tokenizer, picture):
 
 def arguments():
     p = parser("The table: every method on the same fresh questions.", "python eval.py --run runs/toy")
-    p.add_argument("--repeat", type=positive(int), default=1, help="answers to each question (1; the paper's AIME: 32)")
-    p.add_argument("--fixed", type=positive(int), nargs="+", metavar="N", help="lengths of the fixed_N rows")
-    p.add_argument("--fit", type=positive(int), default=200, help="other questions, to fit the token router on (200)")
-    p.add_argument("--all", action="store_true", help="also the variants of training that are in the run")
-    p.add_argument("--plot", action="store_true", help="draw RUN/eval/plot.png (needs matplotlib)")
-    p.add_argument("--html", action="store_true", help="write RUN/eval/index.html: table, picture, roll-outs")
+    g = p.add_argument_group("the table")
+    g.add_argument("--repeat", type=positive(int), default=1, help="answers to each question (1; the paper's AIME: 32)")
+    g.add_argument("--fixed", type=positive(int), nargs="+", metavar="N", help="lengths of the fixed_N rows")
+    g.add_argument("--fit", type=positive(int), default=200, help="other questions, to fit the token router on (200)")
+    g.add_argument("--all", action="store_true", help="also the variants of training that are in the run")
+    g.add_argument("--plot", action="store_true", help="draw RUN/eval/plot.png (needs matplotlib)")
+    g.add_argument("--html", action="store_true", help="write RUN/eval/index.html: table, picture, roll-outs")
     return p.parse_args()
 
 

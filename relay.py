@@ -440,19 +440,20 @@ at_least_zero.__name__ = "number of 0 or more"
 
 def parser(description, example):
     """An argument parser with the flags that every script has, spelled once."""
-    p = Parser(description=description, epilog=f"example: {example}",
-               formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--run", type=Path, default=Path("runs/toy"), help="where everything of a run lies (runs/toy)")
-    p.add_argument("--slm", type=Path, metavar="DIR", help="the small model's directory (noted in the run)")
-    p.add_argument("--llm", type=Path, metavar="DIR", help="the large model's directory (likewise)")
-    p.add_argument("--questions", type=Path, metavar="FILE", help="questions, .jsonl or .json (default: the toy's)")
-    p.add_argument("--limit", type=positive(int), metavar="N", help="at most N questions")
-    p.add_argument("--seed", type=int, default=1, help="for sampling, initialization and order (1)")
-    p.add_argument("--temperature", type=at_least_zero, metavar="T", help="the SLM's sampling temperature; 0 is greedy")
-    p.add_argument("--max-new-tokens", type=positive(int), metavar="N", help="budget of a response, in tokens")
-    p.add_argument("--batch", type=positive(int), default=256, metavar="ROWS", help="roll-outs decoded at once (256)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
-    p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+    p = Parser(usage=f"{example}\n\n{description}", formatter_class=argparse.RawDescriptionHelpFormatter)
+    g = p.add_argument_group("what")
+    g.add_argument("--run", type=Path, default=Path("runs/toy"), help="where everything of a run lies (runs/toy)")
+    g.add_argument("--slm", type=Path, metavar="DIR", help="the small model's directory (noted in the run)")
+    g.add_argument("--llm", type=Path, metavar="DIR", help="the large model's directory (likewise)")
+    g.add_argument("--questions", type=Path, metavar="FILE", help="questions, .jsonl or .json (default: the toy's)")
+    g.add_argument("--limit", type=positive(int), metavar="N", help="at most N questions")
+    g.add_argument("--seed", type=int, default=1, help="for sampling, initialization and order (1)")
+    g.add_argument("--temperature", type=at_least_zero, metavar="T", help="the SLM's sampling temperature; 0 is greedy")
+    g.add_argument("--max-new-tokens", type=positive(int), metavar="N", help="budget of a response, in tokens")
+    g = p.add_argument_group("on which machine")
+    g.add_argument("--batch", type=positive(int), default=256, metavar="ROWS", help="roll-outs decoded at once (256)")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
+    g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
                    help="of models that are not trained (auto: bfloat16 where the hardware has it)")
     return p
 
@@ -572,9 +573,10 @@ def show(text, slm, llm, tokenizer, args, colour):
     seconds, cost = time.perf_counter() - start, rollout.cost
     print(marks[1] if last else "")
     again = sum(len(rollout.prompt) + call.position for call in rollout.calls if call.delivered)
-    print(f"{len(rollout.tokens)} tokens, {sum(rollout.by_llm)} by the LLM (rho {rollout.rho:.1%}) in "
-          f"{len(rollout.calls)} call{'s' * (len(rollout.calls) != 1)}; {len(rollout.tokens) / seconds:.0f} tokens/s; the LLM read "
-          f"{cost['llm_prefill']} tokens (sending the whole context at each call: about {again})")
+    calls = f"{len(rollout.calls)} call{'s' * (len(rollout.calls) != 1)}"
+    print(f"{len(rollout.tokens)} tokens, {sum(rollout.by_llm)} by the LLM (rho {rollout.rho:.1%}) in {calls}; "
+          f"{len(rollout.tokens) / seconds:.0f} tokens/s; the LLM read {cost['llm_prefill']} tokens "
+          f"(sending the whole context at each call: about {again})")
 
 
 def main():

@@ -112,6 +112,7 @@ def wait_for_all():
 
 def machine_arguments(p):
     """The flags of both training stages that say how, not what."""
+    p = p.add_argument_group("training on this machine")
     p.add_argument("--gpus", type=positive(int), default=1, help="processes, one a GPU (1); or start with torchrun")
     p.add_argument("--micro-tokens", type=positive(int), help="tokens that pass the model at once")
     p.add_argument("--checkpointing", action=argparse.BooleanOptionalAction,
@@ -135,7 +136,7 @@ def progress_bar(*args, **options):
 
 
 def write_answers(slm, llm, tokenizer, questions, args, label, **options):
-    """relay() over questions with the script's settings and a progress bar; each of several processes writes a share."""
+    """relay() over questions with the script's settings and a progress bar; each process writes its share."""
     rank, size = world()
     mine = range(rank, len(questions), size)
     prompts = [tokenizer.chat(questions[i].text) for i in mine]
@@ -200,8 +201,9 @@ def pack(examples, device):
     width = max(len(e.tokens) for e in examples) - 1
     tokens, take, put, at, targets, prompts = [], [], [], [], [], {}
     for row, e in enumerate(examples):
-        start = prompts.setdefault(tuple(e.tokens[:e.shared]) or row, len(tokens))
-        places = list(range(start, start + e.shared)) if start < len(tokens) else []
+        prompt = tuple(e.tokens[:-1][:e.shared])
+        start = prompts.setdefault(prompt or row, len(tokens))
+        places = list(range(start, start + len(prompt))) if start < len(tokens) else []
         new = range(len(places), len(e.tokens) - 1)                            # columns of this row that stand nowhere
         places += range(len(tokens), len(tokens) + len(new))
         tokens += e.tokens[new.start:new.stop]
@@ -396,14 +398,16 @@ PAPER = dict(temperature=0.7, max_new_tokens=2048, samples=10000, epochs=1, lr=1
 def arguments():
     p = parser("Stage 1: teach the SLM to write commands (for the toy, first train the pair).",
                "python warmup.py --run runs/real --slm Qwen3-1.7B --llm Qwen3-8B --questions train.jsonl")
-    p.add_argument("--samples", type=positive(int), help=f"own answers to learn from (toy {TOY['samples']})")
-    p.add_argument("--epochs", type=positive(int), help="passes over them")
-    p.add_argument("--lr", type=positive(float), help="peak learning rate")
-    p.add_argument("--batch-size", type=positive(int), help="answers an update")
-    p.add_argument("--max-n", type=positive(int), help="longest call that is shown")
-    p.add_argument("--check", type=positive(int), default=500, help="questions asked before and after (500)")
-    p.add_argument("--slm-steps", type=positive(int), default=2200, help="toy: pretraining steps of the SLM")
-    p.add_argument("--llm-steps", type=positive(int), default=1000, help="toy: pretraining steps of the LLM")
+    g = p.add_argument_group("the warm-up")
+    g.add_argument("--samples", type=positive(int), help=f"own answers to learn from (toy {TOY['samples']})")
+    g.add_argument("--epochs", type=positive(int), help="passes over them")
+    g.add_argument("--lr", type=positive(float), help="peak learning rate")
+    g.add_argument("--batch-size", type=positive(int), help="answers an update")
+    g.add_argument("--max-n", type=positive(int), help="longest call that is shown")
+    g.add_argument("--check", type=positive(int), default=500, help="questions asked before and after (500)")
+    g = p.add_argument_group("the toy's pretraining")
+    g.add_argument("--slm-steps", type=positive(int), default=2200, help="pretraining steps of the SLM")
+    g.add_argument("--llm-steps", type=positive(int), default=1000, help="pretraining steps of the LLM")
     machine_arguments(p)
     args = p.parse_args()
     if (args.slm is None) != (args.llm is None):

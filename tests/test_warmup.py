@@ -16,7 +16,7 @@ from data import (COMMON, GPT2_SPLIT, PEOPLE, PRICE, RARE, UNSEEN, Tokenizer, re
                   toy_questions, with_asides)
 from model import Transformer, parse_config
 from relay import COMMAND, Rollout, command, correct, without_commands
-from warmup import Example, adamw, apply_gradient, insert_commands, micro_batches, supervised_step, token_logprobs
+from warmup import Example, adamw, apply_gradient, insert_commands, micro_batches, pack, supervised_step, token_logprobs
 
 KNOWN = torch.tensor([True] * 20 + [False] + [True] * 9)       # 30 ids, one of which nobody has; the model has 37
 
@@ -165,6 +165,30 @@ def test_log_probabilities_and_gradients_are_those_of_a_plain_softmax(chunk, tem
     assert len(results[0][0]) == len(weight) > chunk or chunk == 2048
     for ours, plain in zip(*results):
         assert torch.allclose(ours, plain, rtol=0, atol=1e-10)
+
+
+def test_a_prompt_that_examples_share_is_read_once_and_its_gradient_is_that_of_all():
+    """Its keys serve every roll-out of the group: lose one roll-out's share of their gradient and the prompt is not
+    learned from; take the prompt of the wrong group and nothing fails but the result."""
+    model, (a, b) = small(), ([3, 1, 4, 1, 5], [3, 1, 4])          # one prompt begins with the other
+    examples = [Example(p + r, [False] * len(p) + [True] * len(r), shared=len(p))
+                for p, r in ((a, [2, 7]), (b, [1, 8, 2, 8]), (a, [1]), (b, [9]), (a, [2, 7, 1]))]
+    tokens, grid, at, targets = pack(examples, "cpu")
+    assert len(tokens) == len(grid.put) == len(a) + len(b) + (1 + 3 + 0 + 0 + 2)
+    assert len(at) == len(targets) == 2 + 4 + 1 + 1 + 3
+    results = []
+    for logprobs in (token_logprobs(model, examples, KNOWN)[0], naive(model, examples, KNOWN, 1.0)):
+        model.zero_grad()
+        (logprobs * torch.linspace(-1, 2, 11, dtype=torch.float64)).sum().backward()
+        results.append([logprobs.detach()] + [p.grad.clone() for p in model.parameters()])
+    for ours, plain in zip(*results):
+        assert torch.allclose(ours, plain, rtol=0, atol=1e-10)
+
+
+def test_the_roll_outs_of_a_prompt_stay_together():
+    """Sorted by length alone, every micro-batch would read every prompt."""
+    examples = [Example([p] * 4 + [0] * n, [False] * 4 + [True] * n, shared=4) for n in (3, 9, 5) for p in (1, 2, 3)]
+    assert [sorted({examples[i].tokens[0] for i in batch}) for batch in micro_batches(examples, 39)] == [[1], [2], [3]]
 
 
 def test_entropies_are_those_of_the_distribution_at_each_learned_token():
