@@ -1,6 +1,7 @@
 """The scripts as a user meets them: a whole tiny run, and what they say to a user's mistake."""
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -130,3 +131,18 @@ def test_a_finished_stage_says_so(monkeypatch, capsys, run):
         monkeypatch.setattr(sys, "argv", [name + ".py", "--run", str(run[0]), *flags])
         run_script(importlib.import_module(name).main)
         assert "finished" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README
+
+def test_the_readme_names_tests_and_places_that_exist():
+    """A list of details that points at a renamed test teaches that nobody checks it."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    tests = "".join(file.read_text(encoding="utf-8") for file in (HERE / "tests").glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", readme)
+    assert len(named) >= 24 and not [name for name in named if f"def {name}(" not in tests]
+    for file, places in re.findall(r"\| (\w+\.py), ((?:`[\w.]+`(?:, )?)+) \|", readme):
+        text = (HERE / file).read_text(encoding="utf-8")
+        for place in re.findall(r"[\w.]+", places):
+            assert re.search(rf"(def|class) {place.split('.')[-1]}\b", text), f"{place} is not in {file}"
