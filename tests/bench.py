@@ -6,7 +6,8 @@
     python tests/bench.py --quick                every row at a very small size, to see that all of them work
 
 What to read is the ratio: each work and its rival run in turns in one process, each is warmed up first, and the best
-of several short repeats counts (of a decoding run: each step's best, so that steps at which a cache grows count too). Rivals: transformers' generate() (these rows need `pip install transformers`), and
+of several short repeats counts (of a decoding run: each step's best, so that steps at which a cache grows count too).
+Rivals: transformers' generate() (these rows need `pip install transformers`), TRL's GRPOTrainer (`pip install trl`), and
 what an engine without one of our techniques would do. A decoding step is timed from token to token, so the reading of
 the prompts is no part of it. "bare" is a loop of the model's matrix products and nothing else (same shapes, same
 dtype): what is left of it is the price of all the rest. Numbers go to standard output, progress to standard error.
@@ -236,7 +237,7 @@ def decode(bench, work, name, rows, tokens, temperature=0.0):
             same = [a == b for x, y in zip(wrote["ours"], wrote["theirs"]) for a, b in zip(x, y)]
             bench.notes.append(f"{work}, {str(dtype)[6:]}: {sum(same) / len(same):.0%} of the greedy tokens are "
                                "generate's")
-        del model, other
+        model = other = products = None                  # before those of the next dtype are there
 
 
 def smollm2(bench):

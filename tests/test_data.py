@@ -7,7 +7,6 @@ RELAYLLM_MODELS to a folder of real checkpoints to compare those, too.
 import json
 import os
 import random
-import shutil
 import time
 from pathlib import Path
 

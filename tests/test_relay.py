@@ -441,7 +441,7 @@ def oracle(slm, llm, tokenizer, prompt, budget, seed, temperature, llm_temperatu
     """The relay as its definition says, without any cache: (tokens, by_llm, logprobs, calls, end)."""
     known, uniforms = torch.tensor(tokenizer.known), np.random.default_rng(seed).random(budget)
     tokens, by_llm, logprobs, calls, owed = [], [], [], [], 0
-    slm_text, stretch, helped = list(prompt), [], list(prompt)           # what the LLM has seen; the SLM's since then
+    stretch, helped = [], list(prompt)                                   # the SLM's tokens since; what the LLM has seen
 
     def next_token(model, context, temperature):
         logits = model(torch.tensor([context]))[0, -1, :len(known)].masked_fill(~known, -torch.inf)
