@@ -86,11 +86,9 @@ def log_softmax(logits, known, temperature=1.0):
     sampler and the learner both call this: their log-probabilities agree because they are the same function.
     """
     logits = logits[..., :len(known)]
+    logits = logits.masked_fill(~known, -torch.inf) if not known.all() else logits
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    logits = logits / temperature if temperature not in (0, 1) else logits
-    if not known.all():                        # the lowest finite number: as probability 0 as -inf is, and 0 * it is 0
-        logits = logits.masked_fill(~known, torch.finfo(logits.dtype).min)
-    return torch.log_softmax(logits, dim=-1)
+    return torch.log_softmax(logits / temperature if temperature not in (0, 1) else logits, dim=-1)
 
 
 def sample(logprobs, uniforms, temperature=1.0, top_p=1.0):
@@ -114,7 +112,7 @@ def sample(logprobs, uniforms, temperature=1.0, top_p=1.0):
 
 def entropy(logprobs):
     """Entropy in nats of each distribution, (..., N) to (...)."""
-    return -(logprobs.exp() * logprobs).sum(dim=-1)
+    return -(logprobs.exp() * logprobs.clamp(min=-100)).sum(dim=-1)   # 0 * -inf is NaN
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -323,7 +321,7 @@ def relay_batch(slm, llm, tokenizer, prompts, seeds, start, context, max_new_tok
         order, logits = reader.step(turn)
         logprobs = log_softmax(logits, known, temperature)
         if forbid is not None:
-            logprobs = torch.log_softmax(logprobs.masked_fill(forbid(order), torch.finfo(logprobs.dtype).min), dim=-1)
+            logprobs = torch.log_softmax(logprobs.masked_fill(forbid(order), -torch.inf), dim=-1)
         ids = sample(logprobs, [rows[r].uniforms.item(len(rows[r].out.tokens)) for r in order], temperature, top_p)
         return order, logprobs, ids
 

@@ -171,24 +171,27 @@ class Example:
     learn: list
     shared: int = 0     # so many of its first tokens are a prompt that other examples begin with, too
 
+    @property
+    def prompt(self):
+        """The shared tokens, without the last of all, which predicts nothing and is never read."""
+        return tuple(self.tokens[:-1][:self.shared])
+
 
 def micro_batches(examples, most):
     """Indices of examples, packed by length into batches of at most `most` tokens, padding and shared ones included.
 
     The roll-outs of one prompt stay together, so that a batch reads it once.
     """
-    prompts, longest = [tuple(e.tokens[:e.shared]) or i for i, e in enumerate(examples)], {}
-    for prompt, e in zip(prompts, examples):
-        longest[prompt] = max(longest.get(prompt, 0), len(e.tokens))
-    first = {prompt: i for i, prompt in enumerate(longest)}
-    order = sorted(range(len(examples)),
-                   key=lambda i: (longest[prompts[i]], first[prompts[i]], len(examples[i].tokens)))
+    groups, length = {}, lambda i: len(examples[i].tokens)
+    for i, e in enumerate(examples):
+        groups.setdefault(e.prompt or i, []).append(i)                         # nothing shared: a group of its own
+    order = sorted(groups.values(), key=lambda group: max(map(length, group)))
     batch, batches, width = [], [], 0
-    for i in order:
-        width = max(width, len(examples[i].tokens))
+    for i in itertools.chain.from_iterable(sorted(group, key=length) for group in order):
+        width = max(width, length(i))
         if batch and width * (len(batch) + 1) > most:
             batches.append(batch)
-            batch, width = [], len(examples[i].tokens)
+            batch, width = [], length(i)
         batch.append(i)
     return batches + [batch] if batch else batches
 
@@ -201,9 +204,8 @@ def pack(examples, device):
     width = max(len(e.tokens) for e in examples) - 1
     tokens, take, put, at, targets, prompts = [], [], [], [], [], {}
     for row, e in enumerate(examples):
-        prompt = tuple(e.tokens[:-1][:e.shared])
-        start = prompts.setdefault(prompt or row, len(tokens))
-        places = list(range(start, start + len(prompt))) if start < len(tokens) else []
+        start = prompts.setdefault(e.prompt or row, len(tokens))
+        places = list(range(start, start + len(e.prompt))) if start < len(tokens) else []
         new = range(len(places), len(e.tokens) - 1)                            # columns of this row that stand nowhere
         places += range(len(tokens), len(tokens) + len(new))
         tokens += e.tokens[new.start:new.stop]
