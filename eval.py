@@ -27,6 +27,7 @@ import html
 import itertools
 import json
 import random
+import re
 import time
 from collections import Counter
 
@@ -241,7 +242,7 @@ def plot(rows, sweep, metrics, path):
     xs = np.geomspace(1e-4, 1, 200)
     top.plot(xs, ends[0][1] + xs * (ends[1][1] - ends[0][1]), color="grey", label="random router")
     points = sorted((row["rho"], row["accuracy"]) for row in sweep.values())
-    top.plot(*zip(*points), ".:", color="tab:green", label="token router, swept")
+    top.plot([x for x, _ in points], [y for _, y in points], ".:", color="tab:green", label="token router, swept")
     for (name, row), mark in zip(rows.items(), itertools.cycle("os^vDP*Xp<>hd")):
         if not name.startswith("random"):
             low, high = row["ci95"]
@@ -281,6 +282,8 @@ def arguments():
     p = parser("The table: every method on the same fresh questions.", "python eval.py --run runs/toy")
     g = p.add_argument_group("the table")
     g.add_argument("--repeat", type=positive(int), default=1, help="answers to each question (1; the paper's AIME: 32)")
+    g.add_argument("--rows", nargs="+", choices=["warmup", "relay_no_teacher", "fixed", "token_router", *VARIANTS],
+                   metavar="METHOD", help="beside slm, relay and llm only these (default: all)")
     g.add_argument("--fixed", type=positive(int), nargs="+", metavar="N", help="lengths of the fixed_N rows")
     g.add_argument("--fit", type=positive(int), default=200, help="other questions, to fit the token router on (200)")
     g.add_argument("--all", action="store_true", help="also the variants of training that are in the run")
@@ -335,24 +338,23 @@ def main():
             rows[method], right[method], kept[method] = row, hits, rollouts
         return row
 
-    add("slm", "slm")
-    add("warmup", "warmup", "llm")
-    add("relay", "relay", "llm")
-    add("relay_no_teacher", "relay", no_calls=True)
-    add("llm", "llm")
-    for n in args.fixed:
-        add(f"fixed_{n}", "relay", "llm", fixed=n)
-    for name in VARIANTS:
-        if name in models:
-            add(name, name, None if name == "grpo_no_call" else "llm")
-    # The token router's threshold: on other questions the cheapest that is as accurate as the relay there, or the best
-    other = fit_questions(args, run, toy, questions)
-    sweep = {t: add("token_router", "slm", "llm", other, router=(t, t)) for t in THRESHOLDS}
-    aim = add("relay", "relay", "llm", other)["accuracy"]
-    enough = [t for t in THRESHOLDS if sweep[t]["accuracy"] >= aim]
-    best = (min(enough, key=lambda t: sweep[t]["rho"]) if enough
-            else max(THRESHOLDS, key=lambda t: sweep[t]["accuracy"]))
-    add("token_router", "slm", "llm", router=(best, best))["threshold"] = best
+    plan = [("slm", "slm", None, {}), ("warmup", "warmup", "llm", {}), ("relay", "relay", "llm", {}),
+            ("relay_no_teacher", "relay", None, dict(no_calls=True)), ("llm", "llm", None, {}),
+            *((f"fixed_{n}", "relay", "llm", dict(fixed=n)) for n in args.fixed),
+            *((name, name, None if name == "grpo_no_call" else "llm", {}) for name in VARIANTS if name in models)]
+    for method, writer, helper, options in plan:
+        if not args.rows or re.sub(r"_\d+", "", method) in ("slm", "relay", "llm", *args.rows):
+            add(method, writer, helper, **options)
+    sweep = {}
+    if not args.rows or "token_router" in args.rows:
+        # Its threshold: on other questions the cheapest that is as accurate as the relay there, or else the best
+        other = fit_questions(args, run, toy, questions)
+        sweep = {t: add("token_router", "slm", "llm", other, router=(t, t)) for t in THRESHOLDS}
+        aim = add("relay", "relay", "llm", other)["accuracy"]
+        enough = [t for t in THRESHOLDS if sweep[t]["accuracy"] >= aim]
+        best = (min(enough, key=lambda t: sweep[t]["rho"]) if enough
+                else max(THRESHOLDS, key=lambda t: sweep[t]["accuracy"]))
+        add("token_router", "slm", "llm", router=(best, best))["threshold"] = best
     routers(rows, right)
 
     differences = {}

@@ -38,7 +38,7 @@ import numpy as np
 import torch
 
 from data import INSTRUCTION, Tokenizer, grade, toy_questions
-from model import Cache, load, read_json, write_beside
+from model import Cache, load, pack, read_json, unpack, write_beside
 
 COMMAND = re.compile(rb"<call>([0-9]{1,9})</call>")   # ten digits or more are no command, but text
 LONGEST = len(b"<call></call>") + 9                   # bytes
@@ -302,9 +302,13 @@ def relay(slm, llm, tokenizer, prompts, *, max_new_tokens, temperature=0.7, seed
             raise ValueError(f"prompt {i} has {len(prompt)} tokens; the context holds 1 to {context - 1}")
     options = (max_new_tokens, temperature, llm_temperature, top_p, fixed, router, no_calls, on_token, progress)
     rollouts = []
-    for start in range(0, len(prompts), batch or len(prompts) or 1):
-        part = slice(start, start + (batch or len(prompts)))
-        rollouts += relay_batch(slm, llm, tokenizer, prompts[part], seeds[part], start, context, *options)
+    packed = pack(slm)
+    try:
+        for start in range(0, len(prompts), batch or len(prompts) or 1):
+            part = slice(start, start + (batch or len(prompts)))
+            rollouts += relay_batch(slm, llm, tokenizer, prompts[part], seeds[part], start, context, *options)
+    finally:
+        unpack(packed)
     return rollouts
 
 
@@ -536,6 +540,7 @@ def load_pair(slm_path, llm_path, device, dtype):
     for path, model in ((slm_path, slm), (llm_path, llm)):
         if model.config.vocab_size < len(tokenizer.known):
             raise ValueError(f"{path}: {model.config.vocab_size} embeddings for {len(tokenizer.known)} token ids")
+    pack(llm, free=True)
     return slm, llm, tokenizer
 
 

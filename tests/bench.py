@@ -24,12 +24,11 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 
 import relay as engine  # noqa: E402
 import grpo  # noqa: E402
 from data import Question, Tokenizer, save_toy_tokenizer  # noqa: E402
-from model import Transformer, load, parse_config, save  # noqa: E402
+from model import Transformer, linear, load, pack, parse_config, save  # noqa: E402
 from relay import Reader, relay, small_models  # noqa: E402
 from warmup import TOY_SIZES, adamw  # noqa: E402
 
@@ -80,6 +79,7 @@ class Forced(torch.nn.Module):
     def __init__(self, model, prompts, calls):
         super().__init__()
         self.model, self.config, self.embed, self.hidden = model, model.config, model.embed, model.hidden
+        self.matrices = model.matrices
         self.read = [len(prompt) for prompt in prompts]
         self.calls = calls
 
@@ -125,12 +125,16 @@ class Bench:
         """(model, its directory or None): the real one where there is one, else random weights of its shape."""
         path = self.args.models and self.args.models / name
         if path and path.is_dir() and not self.quick:
-            return load(path, self.device, dtype), path
+            model = load(path, self.device, dtype)
+            pack(model)
+            return model, path
         shape = dict(SHAPES[name])
         if self.quick:
             shape.update(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=300, head_dim=8,
                          num_attention_heads=4, num_key_value_heads=2)
-        return Transformer(parse_config(shape, name)).initialize(0).to(self.device, dtype).eval(), None
+        model = Transformer(parse_config(shape, name)).initialize(0).to(self.device, dtype).eval()
+        pack(model)
+        return model, None
 
     def rival(self, model, path):
         """The same weights in transformers."""
@@ -154,14 +158,13 @@ class Bench:
 
     def bare(self, model, rows):
         """(a work: the bare matrix products of one step; bytes of weights that it reads)."""
-        weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
-        weights += [model.embed.weight] if model.config.tied else []
+        matrices, weights = model.matrices(), [matrix.weight for matrix in model.matrices()]
         inputs = {w.shape[1]: torch.randn(rows, w.shape[1], device=self.device, dtype=w.dtype) for w in weights}
 
         @torch.inference_mode()
         def products():
-            for w in weights:
-                F.linear(inputs[w.shape[1]], w)
+            for matrix in matrices:
+                linear(matrix, inputs[matrix.weight.shape[1]])
         return lambda: self.seconds(products), sum(w.numel() * w.element_size() for w in weights)
 
     def add(self, work, dtype, ours, rival="", against="", ratio=None, gbs=None, share=None):

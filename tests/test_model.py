@@ -19,7 +19,8 @@ import torch
 
 from conftest import CONFIGS, raw_config, safetensors, shuffled, tiny, tokens_of
 from data import Tokenizer, save_toy_tokenizer
-from model import Cache, Transformer, load, parse_config, read_safetensors, rope_frequencies, save
+import model as chapter
+from model import Cache, Transformer, linear, load, pack, parse_config, read_safetensors, rope_frequencies, save, unpack
 
 FAMILIES = list(CONFIGS)
 GOLDEN = Path(__file__).parent / "golden" / "models"
@@ -187,6 +188,34 @@ def test_positions_enter_only_as_differences():
         angle = at[:, None, :, None].double() * rope_frequencies(model.config)
         seen.append(model.layers[0](model.embed(tokens), angle.cos(), angle.sin()))
     torch.testing.assert_close(*seen, atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not chapter.X86, reason="weights are packed on x86 CPUs only")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_weights_give_the_same_logits(family):
+    """Packing is for speed alone; and it forgot the bias, or the head of a model whose head is its embedding."""
+    model = tiny(family, dtype=torch.float32, hidden_size=512, head_dim=128, intermediate_size=300, vocab_size=130)
+    tokens = tokens_of(0, 3, 7)
+    with torch.inference_mode():
+        plain, packed = model(tokens), pack(model)
+        assert len(packed) == 2 * 4 + 1 and pack(model) == []                  # every matrix, the head too; and once
+        assert (model(tokens) - plain).abs().max() < 1e-5 * plain.abs().max()
+    unpack(packed)
+    assert not any(hasattr(weight, "packed") for weight in model.parameters())
+
+
+@pytest.mark.skipif(not chapter.X86, reason="weights are packed on x86 CPUs only")
+def test_a_model_that_is_only_sampled_from_holds_its_weights_once():
+    """A packed copy beside the original took a laptop's memory twice."""
+    model, tokens = tiny("qwen2", dtype=torch.float32, hidden_size=512, vocab_size=130), tokens_of(0, 3, 7)
+    shapes = [p.shape for p in model.parameters()]
+    with torch.inference_mode():
+        plain = model(tokens)
+        pack(model, free=True)
+        assert (model(tokens) - plain).abs().max() < 1e-5 * plain.abs().max()
+    assert [p.shape for p in model.parameters()] == shapes                     # so that parameters are counted right
+    held = sum(m.weight.untyped_storage().nbytes() for m in model.matrices() if hasattr(m.weight, "packed"))
+    assert held <= 4 * len(model.matrices())
 
 
 def test_llama3_scaling_changes_the_slow_frequencies_only():

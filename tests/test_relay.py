@@ -673,6 +673,18 @@ def test_a_model_that_wrote_can_be_trained():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in slm.parameters())
 
 
+def test_sampling_follows_weights_that_have_learned():
+    """Weights packed for the last step's sampling were those that the next step sampled with; an error kept them, too."""
+    sizes = dict(vocab_size=WIDTHS["slm"], hidden_size=256, head_dim=64, intermediate_size=300)
+    slm, later = (tiny("qwen2", seed, torch.float32, **sizes) for seed in (1, 2))
+    write = lambda model, **options: relay(model, None, TOKENIZER, questions(3), max_new_tokens=9, **options)
+    with pytest.raises(ZeroDivisionError):
+        write(slm, on_token=lambda *token: 1 / 0)
+    first = write(slm)
+    slm.load_state_dict(later.state_dict())
+    assert write(slm) == write(later) != first
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_pair_of_lower_precision_keeps_every_rule(dtype):
     """The LLM may be bfloat16 beside a float32 SLM: log-probabilities are float32's, and only known ids are drawn."""
