@@ -406,6 +406,57 @@ def held_out_check(questions, policy, llm, tokenizer, args):
                 eval_rho=sum(sum(r.by_llm) for r in rollouts) / sum(len(r.tokens) for r in rollouts))
 
 
+def earlier_metrics(file, done):
+    """The lines of the steps that the checkpoint holds; those after it are taken off the file, and done again."""
+    lines = file.read_text(encoding="utf-8").splitlines()[:done] if done else []
+    if len(lines) < done:
+        raise ValueError(f"{file} has {len(lines)} of the checkpoint's {done} steps")
+    write_beside(file, lambda out: out.write("".join(f"{line}\n" for line in lines).encode()))
+    return [json.loads(line) for line in lines]
+
+
+def train(done, questions, held_out, policy, reference, llm, tokenizer, optimizer, keep, log, args):
+    """Steps until args.steps are done or a signal asks to stop; returns how many are.
+
+    keep(step) writes a checkpoint; log(metrics) takes a step's line, and returns all lines so far.
+    """
+    device = policy.embed.weight.device
+    known = torch.tensor(tokenizer.known, device=device)
+    step, bad, told = done, 0, None
+    bar = progress_bar(total=args.steps, initial=done, desc="GRPO", unit="step")
+    try:
+        while step < args.steps and not add_up([args.signals.asked], device)[0]:
+            first = step * args.questions_per_step
+            batch = [pick(questions, first + i, args.seed) for i in range(args.questions_per_step)]
+            args.rate = learning_rate(step + 1, args)
+            args.signals.calm = world()[1] == 1
+            metrics, groups = train_step(step + 1, batch, policy, reference, llm, tokenizer, optimizer, known, args)
+            step += 1
+            bad = bad + metrics["skipped"] if metrics["skipped"] == args.updates else metrics["skipped"]
+            if bad >= 5:
+                raise ValueError(f"{bad} updates in a row had a gradient that is not finite; the last checkpoint "
+                                 f"is kept in {args.run / args.variant}; try a smaller --lr")
+            if args.eval_every and step % args.eval_every == 0:
+                metrics |= held_out_check(held_out, policy, llm, tokenizer, args)
+            history = log({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()})
+            bar.set_postfix(acc=f"{metrics['accuracy']:.2f}", calls=f"{metrics['call_rate']:.2f}",
+                            rho=f"{metrics['rho']:.3f}", n=f"{metrics['asked'] or 0:.1f}",
+                            len=f"{metrics['length']:.0f}", refresh=False)
+            bar.update()
+            if step % 20 == 0:
+                tqdm.write(f"step {step}: {tokenizer.decode(groups[0][0].tokens)}")
+            warning = watch(history) if llm else None
+            if warning and warning != told:
+                tqdm.write(warning)
+                told = warning
+            if step % args.save_every == 0 and step < args.steps:
+                keep(step)
+    except KeyboardInterrupt:                  # while sampling: the policy is still that of the last whole step
+        pass
+    bar.close()
+    return step
+
+
 def main():
     args = arguments()
     run = Run(args.run)
@@ -435,67 +486,33 @@ def main():
     optimizer = adamw(policy, args.lr)
     if folder:
         load_optimizer(optimizer, folder / "optimizer.pt")
-    known = torch.tensor(tokenizer.known, device=device)
     questions, held_out = training_questions(args, run.toy, "grpo", args.pool, args.eval_questions)
     questions = filter_questions(questions, llm, tokenizer, args)
     if not questions:
         raise ValueError("the LLM solves none of the questions; give easier ones, or --filter-samples 0")
 
-    helper = None if args.no_teacher else llm
-    lines = []
-    if rank == 0:
+    history = []
+    if rank == 0:                              # the others write no file
         out.mkdir(parents=True, exist_ok=True)
-        lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[:done] if done else []
-        if len(lines) < done:
-            raise ValueError(f"{out / 'metrics.jsonl'} has {len(lines)} of the checkpoint's {done} steps")
-        write_beside(out / "metrics.jsonl", lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
-    history, told, bad, step, saved = [json.loads(line) for line in lines], None, 0, done, done
-    args.signals = Signals()
+        history = earlier_metrics(out / "metrics.jsonl", done)
 
-    def keep():
-        """A checkpoint of the last whole step; one that is there is not written again, which would endanger it."""
-        nonlocal saved
-        if rank == 0 and step > saved:
+    def keep(step):
+        if rank == 0:
             save_checkpoint(out, step, policy, optimizer, source, chosen)
-        saved = step
 
-    bar = progress_bar(total=args.steps, initial=done, desc="GRPO", unit="step")
-    try:
-        while step < args.steps and not add_up([args.signals.asked], device)[0]:
-            first = step * args.questions_per_step
-            batch = [pick(questions, first + i, args.seed) for i in range(args.questions_per_step)]
-            args.rate = learning_rate(step + 1, args)
-            args.signals.calm = size == 1
-            metrics, groups = train_step(step + 1, batch, policy, reference, helper, tokenizer, optimizer, known, args)
-            step += 1
-            bad = bad + metrics["skipped"] if metrics["skipped"] == args.updates else metrics["skipped"]
-            if bad >= 5:
-                raise ValueError(f"{bad} updates in a row had a gradient that is not finite; the last checkpoint "
-                                 f"is kept in {out}; try a smaller --lr")
-            if args.eval_every and step % args.eval_every == 0:
-                metrics |= held_out_check(held_out, policy, helper, tokenizer, args)
-            metrics = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-            history.append(metrics)
-            if rank == 0:
-                with open(out / "metrics.jsonl", "a", encoding="utf-8") as log:
-                    log.write(json.dumps(metrics) + "\n")
-            bar.set_postfix(acc=f"{metrics['accuracy']:.2f}", calls=f"{metrics['call_rate']:.2f}",
-                            rho=f"{metrics['rho']:.3f}", n=f"{metrics['asked'] or 0:.1f}",
-                            len=f"{metrics['length']:.0f}", refresh=False)
-            bar.update()
-            if step % 20 == 0:
-                tqdm.write(f"step {step}: {tokenizer.decode(groups[0][0].tokens)}")
-            warning = watch(history) if not args.no_teacher else None
-            if warning and warning != told:
-                tqdm.write(warning)
-                told = warning
-            if step % args.save_every == 0 and step < args.steps:
-                keep()
-    except KeyboardInterrupt:                  # while sampling: the policy is still that of the last whole step
-        pass
-    bar.close()
+    def log(metrics):
+        history.append(metrics)
+        if rank == 0:
+            with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+        return history
+
+    args.signals = Signals()
+    step = train(done, questions, held_out, policy, reference, None if args.no_teacher else llm, tokenizer, optimizer,
+                 keep, log, args)
     if step < args.steps:
-        keep()
+        if step > last_checkpoint(out, chosen)[0]:         # one that is there is not written again, and endangered
+            keep(step)
         sys.exit(f"grpo.py: stopped after step {step}; go on with --resume")
     if rank == 0:
         save(policy, out, source)
@@ -503,8 +520,8 @@ def main():
         for old in [out / "checkpoint.json", *out.glob("checkpoint-*")]:
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     wait_for_all()
-    tokens = sum(m["length"] for m in history[done:]) * args.questions_per_step * args.group
-    rate = lambda key: tokens / max(1e-9, sum(m[key] for m in history[done:]))
+    tokens = sum(m["length"] for m in history[-(step - done):]) * args.questions_per_step * args.group
+    rate = lambda key: tokens / max(1e-9, sum(m[key] for m in history[-(step - done):]))
     print(f"sampled {rate('sample_seconds'):,.0f} tokens/s, learned {rate('learn_seconds'):,.0f} tokens/s")
     print(f"wrote {out}; next: python eval.py --run {run.path}")
 

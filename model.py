@@ -535,16 +535,19 @@ def checkpoint_tensors(model):
     return tensors
 
 
-def weight_files(path):
-    """model.safetensors, or the shards that model.safetensors.index.json names."""
-    if (path / "model.safetensors").exists() or not (path / "model.safetensors.index.json").exists():
-        return [path / "model.safetensors"]
-    index = path / "model.safetensors.index.json"
+def shards(index):
+    """The files that model.safetensors.index.json names."""
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(n, str) and n.isprintable() and n == os.path.basename(n)
+    if not isinstance(names, dict) or not all(isinstance(n, str) and n == os.path.basename(n) and n.endswith(".safetensors")
                                               for n in names.values()):
-        raise ValueError(f"{index}: weight_map must map tensors to files of the same directory")
-    return [path / name for name in sorted(set(names.values()))]
+        raise ValueError(f"{index}: weight_map must map tensors to safetensors files of the same directory")
+    return [index.with_name(name) for name in sorted(set(names.values()))]
+
+
+def weight_files(path):
+    """model.safetensors, or else the shards."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    return shards(index) if index.exists() and not single.exists() else [single]
 
 
 def as_bytes(tensor):
@@ -645,3 +648,8 @@ def save(model, path, source=None):
                   tie_word_embeddings=model.config.tied)   # where it is absent, transformers expects an lm_head
     config.pop("torch_dtype", None)             # the older name of dtype
     write_beside(path / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode() + b"\n"))
+    index = path / "model.safetensors.index.json"
+    if index.exists():                          # what was there before in shards is another model now
+        for file in shards(index):
+            file.unlink(missing_ok=True)
+        index.unlink()

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import shutil
 import struct
 import subprocess
 import sys
@@ -363,6 +364,10 @@ def test_shards_load_as_one_model(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": {n: f for f, part in parts.items() for n in part}}))
     assert load(tmp_path)(tokens_of(1, 1, 8)).equal(model(tokens_of(1, 1, 8)))
+    whole = shutil.copytree(tmp_path, tmp_path / "copy")
+    save(load(whole), whole, whole)             # the shards, left behind, would be another model
+    assert sorted(file.name for file in whole.iterdir()) == ["config.json", "model.safetensors"]
+    assert load(whole)(tokens_of(1, 1, 8)).equal(model(tokens_of(1, 1, 8)))
     write_weights(tmp_path / "a-2.safetensors", {n: tensors[n] for n in names[1::2] + names[:1]})
     assert "another shard" in refusal(tmp_path)
     (tmp_path / "a-2.safetensors").unlink()

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import relay as relay_module
+from grpo import advantages, rewards
 from relay import run_script
 
 HERE = Path(relay_module.__file__).parent
@@ -148,3 +150,18 @@ def test_the_readme_names_tests_and_places_that_exist():
         text = (HERE / file).read_text(encoding="utf-8")
         for place in re.findall(r"[\w.]+", places):
             assert re.search(rf"(def|class) {place.split('.')[-1]}\b", text), f"{place} is not in {file}"
+
+
+def test_the_worked_groups_of_the_readme_are_what_the_code_computes():
+    """Numbers in a text go stale silently."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in (HERE / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    groups = [i for i, row in enumerate(rows) if row[0].endswith(": reward")]
+    assert len(groups) == 2
+    for i in groups:
+        head, reward, advantage = rows[i - 2], rows[i], rows[i + 1]
+        right = torch.tensor([cell.startswith("right") for cell in head[1:]])
+        rho = torch.tensor([float(cell.split()[-1]) if "rho" in cell else 0.0 for cell in head[1:]])
+        got = rewards(right, rho > 0, rho)
+        assert got.tolist() == pytest.approx([float(cell) for cell in reward[1:]])
+        assert advantages(got).tolist() == pytest.approx([float(cell) for cell in advantage[1:]], abs=0.006)
