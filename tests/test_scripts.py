@@ -5,12 +5,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import relay as relay_module
-from grpo import advantages, rewards
+from grpo import PAPER, advantages, hours_needed, memory_needed, rewards
+from model import Config
 from relay import run_script
 
 HERE = Path(relay_module.__file__).parent
@@ -165,3 +167,22 @@ def test_the_worked_groups_of_the_readme_are_what_the_code_computes():
         got = rewards(right, rho > 0, rho)
         assert got.tolist() == pytest.approx([float(cell) for cell in reward[1:]])
         assert advantages(got).tolist() == pytest.approx([float(cell) for cell in advantage[1:]], abs=0.006)
+
+
+QWEN3 = {  # hidden, ffn, layers, heads, tied: from the published config.json files
+    "0.6B": (1024, 3072, 28, 16, True), "1.7B": (2048, 6144, 28, 16, True), "4B": (2560, 9728, 36, 32, True),
+    "8B": (4096, 12288, 36, 32, False), "14B": (5120, 17408, 40, 40, False)}
+
+
+def test_the_memory_and_the_hours_of_the_readme_are_what_the_functions_say():
+    """A table of estimates outlives the function that made it."""
+    configs = {name: Config(151936, hidden, ffn, layers, heads, kv_heads=8, head_dim=128, tied=tied)
+               for name, (hidden, ffn, layers, heads, tied) in QWEN3.items()}
+    args = SimpleNamespace(**PAPER | dict(batch=32, max_new_tokens=2000, prompt_tokens=500))
+    lines = re.findall(r"^\| Qwen3-(\S+) / (\S+) \| (.*) \|$", (HERE / "README.md").read_text(encoding="utf-8"), re.M)
+    assert len(lines) == 4
+    for small, large, cells in lines:
+        gib = [size / 2**30 for size in memory_needed(configs[small], configs[large], args).values()]
+        hours = hours_needed(configs[small], configs[large], args, length=800, rho=0.02, flops=40e12, bandwidth=2e12)
+        hours = [hours["filter"], hours["sampling"] + hours["calls"], hours["learning"], hours["all"]]
+        assert [float(cell) for cell in cells.split(" | ")] == pytest.approx(gib + hours, abs=0.06)
