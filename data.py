@@ -1,4 +1,4 @@
-"""Text in, tokens out; questions in, marks out.
+"""Chapter 2. Text in, tokens out; questions in, marks out.
 
 Three things stand between a language model and a benchmark:
 
@@ -33,7 +33,8 @@ import tiktoken
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
-# --- tokenizer ---
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -367,7 +368,8 @@ class Question:
     strict: bool = False  # the response must end by its end-of-text token right after the answer
 
 
-# --- the toy: shopping problems whose prices are facts ---
+# ---------------------------------------------------------------------------------------------------------------------
+# The toy: shopping problems whose prices are facts
 
 COMMON = ("apple bag bell book boot bowl broom cake candle card chair comb cup desk door drum fan fig fork hat jar "
           "key lamp mat mug nail pan pen pin pot rug spoon").split()
@@ -496,7 +498,8 @@ def save_toy_tokenizer(path):
         (Path(path) / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-# --- benchmarks ---
+# ---------------------------------------------------------------------------------------------------------------------
+# Benchmarks
 
 
 def load_questions(path, limit=None):
@@ -574,7 +577,8 @@ def read_question(row):
     return Question(f"{problem}\n{INSTRUCTION}", answer.strip(), str(kind or ""), solution.strip())
 
 
-# --- grading ---
+# ---------------------------------------------------------------------------------------------------------------------
+# Grading
 
 
 def grade(response, answer):

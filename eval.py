@@ -191,15 +191,21 @@ def bound(questions, tokenizer):
 
 
 def where_calls_happen(questions, rollouts, tokenizer, repeat):
-    """What stands just before the commands (ten most frequent), where they stand, and n by kind of question."""
-    before, place, asked = Counter(), Counter(), {}
+    """What stands just before the commands (ten most frequent), where they stand, and n by kind of question.
+
+    And (accuracy, answers) with a delivered call and without one.
+    """
+    before, place, asked, right = Counter(), Counter(), {}, {True: [], False: []}
     for i, r in enumerate(rollouts):
+        right[any(r.by_llm)].append(correct(questions[i // repeat], r, tokenizer))
         for call in r.calls:
             text = COMMAND.sub(b"", b"".join(tokenizer.token_bytes[t] for t in r.tokens[:call.position]))
             before[" ".join(text.decode("utf-8", "replace").split()[-3:])] += 1
             place[f"{call.position * 10 // len(r.tokens) * 10}%"] += 1
             asked.setdefault(questions[i // repeat].kind or "all", Counter())[call.asked] += 1
-    return dict(before=dict(before.most_common(10)), place=dict(sorted(place.items())),
+    shares = {name: [sum(right[called]) / max(1, len(right[called])), len(right[called])]
+              for name, called in (("with_call", True), ("without_call", False))}
+    return dict(**shares, before=dict(before.most_common(10)), place=dict(sorted(place.items())),
                 asked={kind: dict(sorted(counts.items())) for kind, counts in asked.items()})
 
 
@@ -383,7 +389,12 @@ def main():
         reduction = f"{ours['cost_reduction']:.1%}" if ours["cost_reduction"] is not None else "-"
         print(f"the relay closes {ours['gap_closed']:.1%} ({low:.1%} - {high:.1%}) of the gap with {ours['rho']:.2%} "
               f"of the tokens, {reduction} below the accuracy-matched random router")
-    print("before its calls stands: " + ", ".join(f"{text!r} {n}x" for text, n in analysis["calls"]["before"].items()))
+    calls = analysis["calls"]
+    for name in ("with_call", "without_call"):
+        print("{}: {:.1%} of {} answers are right".format(name.replace("_", " a "), *calls[name]))
+    for kind, counts in calls["asked"].items():
+        print(f"n asked, {kind}: " + ", ".join(f"{n} {count}x" for n, count in counts.items()))
+    print("before its calls stands: " + ", ".join(f"{text!r} {n}x" for text, n in calls["before"].items()))
     if toy:
         print(f"bound: calls exactly on the unknown facts would cost rho {analysis['bound_rho']:.2%}")
     print(f"wrote {out / 'results.json'}; next: python relay.py --run {run.path}")

@@ -251,23 +251,24 @@ def memory_needed(slm, llm, args, llm_bytes=2):
     kept = slm.hidden * slm.layers + inside if args.checkpointing else inside * slm.layers
     head = 4 * 4 * min(args.micro_tokens * slm.vocab_size, HEAD)            # of a chunk: logits, log-softmax, slopes
     parts = dict(policy=16 * small, reference=4 * small, llm=llm_bytes * large,
-                 caches=tokens * (cache_bytes(slm, 4) + cache_bytes(llm, llm_bytes)), learning=4 * args.micro_tokens * kept + head)
+                 caches=tokens * (cache_bytes(slm, 4) + cache_bytes(llm, llm_bytes)),
+                 learning=4 * args.micro_tokens * kept + head)
     return parts | dict(peak=sum(parts.values()) - min(parts["caches"], parts["learning"]))
 
 
 def hours_needed(slm, llm, args, length, rho, flops, bandwidth, llm_bytes=2):
     """{what: hours} of a whole GRPO run on one GPU, from two Configs: an estimate to plan with, nothing more.
 
-    length: tokens of a mean response (the longest of a batch: args.max_new_tokens). rho: the LLM's share of them. flops,
-    bandwidth: operations and bytes a second that the GPU reaches in practice. A token costs two operations a parameter
-    (forward), twice that backward; a decoding step reads all weights and all caches once.
+    length: tokens of a mean response (the longest of a batch: args.max_new_tokens). rho: the LLM's share of them.
+    flops, bandwidth: operations and bytes a second that the GPU reaches in practice. A token costs two operations a
+    parameter (forward), twice that backward; a decoding step reads all weights and all caches once.
     """
     small, large = parameters(slm), parameters(llm)
     rows, longest = args.questions_per_step * args.group, args.max_new_tokens
     steps = args.steps * math.ceil(rows / args.batch) * longest             # of decoding, of all of a batch's rows
     held = min(rows, args.batch) * (args.prompt_tokens + length / 2)        # tokens in the caches, on average
     learned = args.steps * rows * (args.prompt_tokens / args.group + length)
-    answers = math.ceil(args.pool * args.filter_samples / args.batch) * longest    # steps of the LLM, before training
+    answers = math.ceil(args.pool * args.filter_samples / args.batch) * longest    # steps of the LLM for the filter
     seconds = dict(
         filter=answers * (llm_bytes * large + held * cache_bytes(llm, llm_bytes)) / bandwidth,
         sampling=steps * (4 * small + held * cache_bytes(slm, 4)) / bandwidth,

@@ -538,8 +538,8 @@ def checkpoint_tensors(model):
 def shards(index):
     """The files that model.safetensors.index.json names."""
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(n, str) and n == os.path.basename(n) and n.endswith(".safetensors")
-                                              for n in names.values()):
+    fine = lambda name: isinstance(name, str) and name == os.path.basename(name) and name.endswith(".safetensors")
+    if not isinstance(names, dict) or not all(map(fine, names.values())):
         raise ValueError(f"{index}: weight_map must map tensors to safetensors files of the same directory")
     return [index.with_name(name) for name in sorted(set(names.values()))]
 

@@ -57,6 +57,7 @@ def start_processes(n):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = dict(os.environ, WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))    # else each takes all cores
     children = [subprocess.Popen([sys.executable, *sys.argv], env=dict(shared, RANK=str(i), LOCAL_RANK=str(i)))
                 for i in range(n)]
     hear_signals(lambda *_: [child.terminate() for child in children])

@@ -134,7 +134,7 @@ def test_where_calls_happen_is_counted_by_the_words_before_them():
     text = b"it costs <call>2</call>"
     r = Rollout([1], list(text) + [49, 49], [False] * len(text) + [True] * 2, calls=[Call(len(text), 2, 2)], end="length")
     got = where_calls_happen([Question("q", "1", "price")], [r], tokenizer, 1)
-    assert got == dict(before={"it costs": 1}, place={"90%": 1}, asked={"price": {2: 1}})
+    assert got == dict(with_call=[0.0, 1], without_call=[0.0, 0], before={"it costs": 1}, place={"90%": 1}, asked={"price": {2: 1}})
 
 
 def test_the_page_shows_what_a_model_wrote_as_text():
