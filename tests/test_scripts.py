@@ -2,6 +2,7 @@
 import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,35 @@ def test_nothing_that_is_there_is_overwritten(monkeypatch, capsys, run):
     code, text = fails(monkeypatch, capsys, "relay", "--run", run, "why? " * 1000)
     assert code == 1 and "context" in text
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
+def test_a_full_disk_is_one_line_and_loses_nothing(run, tmp_path):
+    """Hours of training ended in a traceback, with half a model where the last whole checkpoint had been."""
+    import resource
+    copy = shutil.copytree(run[0], tmp_path / "run")
+    command = [sys.executable, HERE / "grpo.py", "--run", copy, "--variant", "again", *GRPO[2:], "--save-every", "1", "--resume"]
+    first = subprocess.run(command, capture_output=True, text=True, timeout=170, preexec_fn=lambda: (
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))))       # bytes: the model does not fit
+    assert first.returncode == 1 and "Traceback" not in first.stderr
+    assert re.search(r"^grpo.py: .*[Tt]oo large", first.stderr.splitlines()[-1])
+    there = {path.relative_to(copy): path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    new = {path for path in there if path.parts[0] == "again"}
+    assert {path: data for path, data in there.items() if path not in new} == {
+        path.relative_to(run[0]): path.read_bytes() for path in run[0].rglob("*") if path.is_file()}
+    assert not [path for path in new if path.suffix in (".safetensors", ".part")]
+    assert subprocess.run(command, capture_output=True, timeout=170).returncode == 0
+    assert "again" in json.loads((copy / "run.json").read_text())["stages"]
+
+
+def test_an_evaluation_may_have_some_rows_only(monkeypatch, capsys, run, tmp_path):
+    """Where each row takes an hour, nobody wants all of them."""
+    copy = shutil.copytree(run[0], tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--run", str(copy), *EVAL, "--rows", "warmup"])
+    run_script(importlib.import_module("eval").main)
+    assert "random_router" in capsys.readouterr().out
+    methods = [row["method"] for row in json.loads((copy / "eval" / "results.json").read_text())]
+    assert methods == ["slm", "warmup", "relay", "llm", "random_router", "random_router_equal_cost"]
 
 
 def test_a_finished_stage_says_so(monkeypatch, capsys, run):
