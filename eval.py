@@ -34,6 +34,7 @@ from collections import Counter
 import numpy as np
 
 from data import load_questions, toy_questions
+from grpo import parameters
 from model import load, weight_files, write_beside
 from relay import (COMMAND, Call, Rollout, Run, command, correct, fill_in, load_pair, machine, parser, positive, relay,
                    run_script)
@@ -136,10 +137,6 @@ def summary(right, rollouts, alone_is_llm=False):
                 length=tokens / n, cut=sum(r.end == "length" for r in rollouts) / n)
 
 
-def parameters(model):
-    return sum(p.numel() for p in model.parameters())
-
-
 def result(method, questions, rollouts, tokenizer, args, writer, helper, seconds):
     """One row of results.json, and whether each answer is right, averaged over repeats, (questions,)."""
     right = [correct(questions[i // args.repeat], r, tokenizer) for i, r in enumerate(rollouts)]
@@ -149,7 +146,7 @@ def result(method, questions, rollouts, tokenizer, args, writer, helper, seconds
         chosen = [i for i, q in enumerate(questions) if q.kind == kind]
         answers = [r for i in chosen for r in rollouts[i * args.repeat:(i + 1) * args.repeat]]
         by_kind[kind] = summary(right[chosen], answers, alone)
-    small, large = parameters(writer), parameters(helper) if helper else 0
+    small, large = parameters(writer.config), parameters(helper.config) if helper else 0
     ran = sum((r.cost["slm_prefill"] + r.cost["slm_decode"]) * small
               + (r.cost["llm_prefill"] + r.cost["llm_decode"]) * large for r in rollouts)
     row = dict(method=method, **summary(right, rollouts, alone), ci95=interval(right), seed=args.seed,

@@ -9,9 +9,9 @@ that helps. Both are the decoder-only transformer of the Llama and Qwen families
     logits = head(rms_norm(x))
 
 A relay makes one unusual demand on it. Its rows stop, wait for the other model and go on, each at its own moment, so
-every row of a batch has its own length and its own number of new tokens. The KV cache below is written for that: it
-only ever grows, a row's tokens are read once, and the rows of the current batch always stand in its first slots, so
-that a batch is a slice of the cache and never a copy.
+every row of a batch has its own length and its own number of new tokens. The KV cache below is written for that: a
+row's tokens are read once and stay until the row is done, and the rows of the current batch are brought into its first
+slots, so that attention reads a slice of the cache and copies nothing.
 
 The second half reads and writes model directories in the Hugging Face layout (config.json, model.safetensors). A
 directory from outside is not trusted: there is no pickle, and every size and offset is checked before it is used.
@@ -102,13 +102,13 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def pack(model, free=False):
+def prepack(model, free=False):
     """Copy weight matrices into the order in which oneDNN's matrix product on x86 CPUs reads them. Elsewhere: nothing.
 
     PyTorch brings a matrix into that order anew for every product, which for the few rows of a decoding step takes
     longer than the product itself: packed, a step of 1 to 32 rows takes a half to two thirds of the time. (A matrix of
     the toy's size is in the processor's cache anyway, and is left alone.) The copies do not follow the weights, so
-    whoever samples from a model that learns calls unpack() with what this returns. free=True gives the originals'
+    whoever samples from a model that learns calls forget() with what this returns. free=True gives the originals'
     memory back, for a model that is only sampled from.
     """
     packed = []
@@ -119,12 +119,12 @@ def pack(model, free=False):
         if X86 and fast and weight.device.type == "cpu" and weight.numel() > 2**16 and not hasattr(weight, "packed"):
             weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
             packed.append(weight)
-            if free and matrix is not model.embed:
+            if free and matrix is not model.embed:         # whose rows are still looked up
                 weight.data = weight.data.new_zeros(1).expand(weight.shape)
     return packed
 
 
-def unpack(weights):
+def forget(weights):
     for weight in weights:
         del weight.packed
 
@@ -157,7 +157,8 @@ class Layer(nn.Module):
         self.down = nn.Linear(c.ffn, c.hidden, bias=c.mlp_bias)
 
     def forward(self, x, cos, sin, past=None, grid=None):
-        """x: (B, T, hidden); `past`: this layer's part of a KV cache (see Cache.open), or None for whole sequences.
+        """x: (B, T, hidden). past: the function that stores this layer's new keys and values and returns all (see
+        Cache.open), or None for whole sequences.
 
         With a Grid, x is (N, hidden), and only attention sees the N tokens as rows.
         """
@@ -203,7 +204,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # Not drawn at random: on load()'s meta device that makes torch import its compiler, 66 MB and two seconds.
+        # nn.Embedding() draws its weights, which on load()'s meta device imports torch's compiler: 66 MB, two seconds.
         self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden), freeze=False)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_eps)
@@ -364,18 +365,18 @@ class Cache:
             mask = torch.zeros(unseen.shape, dtype=self.like.dtype, device=device).masked_fill_(unseen, -torch.inf)
             mask = mask[:, None].repeat(1, 1, self.config.heads // kv_heads if T > 1 else 1, 1)
         # A layer's cache as one long list of vectors of D numbers: where in it the new keys and values go, so that one
-        # copy stores them all.
+        # copy stores them all. Where each row's list begins, (2, B, kv_heads, 1), and then its tokens' places.
         lists = torch.arange(2 * slots * kv_heads, device=device).view(2, slots, kv_heads, 1)[:, :B] * capacity
         address = (lists + position[:, None]).view(-1)                                        # of (2, B, kv_heads, T)
 
-        def past(kv):
-            def store(k, v):
+        def for_layer(kv):
+            def past(k, v):
                 new = torch.stack((k, v))                                                     # (2, B, kv_heads, T, D)
                 kv.view(-1, kv.shape[-1]).index_copy_(0, address, new.view(-1, kv.shape[-1]))
                 keys, values = kv[:, :B, :, :width]
                 return keys, values, mask
-            return store
-        return [past(kv) for kv in self.layers]
+            return past
+        return [for_layer(kv) for kv in self.layers]
 
     def close(self, counts):
         """The forward pass is done: the first counts[i] of its tokens in slot i count as read."""
@@ -386,7 +387,7 @@ class Cache:
 # Model directories
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 
 
@@ -574,7 +575,7 @@ def load(path, device="cpu", dtype=torch.float32):
     if "tie_word_embeddings" not in config.raw and "lm_head.weight" not in found:
         config.tied = True
     head, embed = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
-    if config.tied and None not in (head, embed):   # a copy that is none means, as in transformers 5, not tied
+    if config.tied and None not in (head, embed):   # the config says tied, the head is another matrix: then it is not
         config.tied = as_bytes(head).equal(as_bytes(embed))
     if config.tied:
         found.pop("lm_head.weight", None)
@@ -628,7 +629,7 @@ def save(model, path, source=None):
     header, offset = {}, 0
     for name, t in tensors.items():
         size = t.numel() * t.element_size()
-        header[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + size]}
+        header[name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     text += b" " * (-len(text) % 8)             # the data starts aligned

@@ -1,10 +1,10 @@
 """Chapter 3. The relay: two models write one answer.
 
 The SLM writes. When its text contains the command <call>n</call>, the LLM writes the next n tokens of the same answer,
-and the SLM goes on from there (RelayLLM, arXiv 2601.05167, section 3). Nothing else routes.
+and the SLM goes on from there (RelayLLM, arXiv 2601.05167, section 3). There is no router: the SLM decides.
 
-    SLM's context:  prompt  One lute costs <call>1</call>  14   coins. So 3 cost ...
-    LLM's context:  prompt  One lute costs                 14   (and here it stops reading until the next call)
+    SLM's context:  prompt  ... One costs<call>1</call> 19 coins. So 3 cost ...
+    LLM's context:  prompt  ... One costs               19       (written, and not read: there it reads on, if called)
 
 Three rules make it exact and cheap.
   1. A model reads each token once. For every row it has a KV cache and a list of tokens that it has still to read; one
@@ -38,11 +38,11 @@ import numpy as np
 import torch
 
 from data import INSTRUCTION, Tokenizer, grade, toy_questions
-from model import Cache, load, pack, read_json, unpack, write_beside
+from model import Cache, forget, load, prepack, read_json, write_beside
 
 COMMAND = re.compile(rb"<call>([0-9]{1,9})</call>")   # ten digits or more are no command, but text
 LONGEST = len(b"<call></call>") + 9                   # bytes
-OPEN = b"<call"                                       # what a response without calls may not contain
+OPEN = b"<call"                                       # what no_calls=True forbids
 CHUNK = 256                                           # tokens of a row read at once: bounds the mask
 PASS = 8192                                           # tokens of all rows read at once: bounds the hidden states
 
@@ -54,7 +54,7 @@ def command(n):
 
 class Call(NamedTuple):
     position: int    # index in the response of the first delivered token
-    asked: int       # n in the command; tokens left, for a call placed by a router
+    asked: int       # n in the command; where a router calls, the tokens that are left
     delivered: int   # tokens that the LLM wrote
 
 
@@ -65,7 +65,8 @@ class Rollout:
     tokens: list = field(default_factory=list)      # the response: commands and the end-of-text token included
     by_llm: list = field(default_factory=list)      # for each token: did the LLM write it?
     logprobs: list = field(default_factory=list)    # for each token: the SLM's log-probability at the sampling
-    #                                                 temperature (0: of the plain softmax); 0.0 where the LLM wrote
+    #                                                 temperature (0: of the plain softmax), before top-p cuts;
+    #                                                 0.0 where the LLM wrote
     calls: list = field(default_factory=list)       # of Call
     end: str = ""                                   # "eos", "eos_by_llm", or "length": the budget is spent
     cost: dict = field(default_factory=dict)        # tokens read: slm_prefill, slm_decode, llm_prefill, llm_decode
@@ -126,18 +127,18 @@ def chunk_size(rows):
 class Reader:
     """A model, its KV cache, and for every row the text that the model is to see.
 
-    This is all that the relay needs of either model: feed() it tokens of a row, and step() some rows for the logits of
-    their next token. What of a row's text is in the cache is never read again.
+    This is all that the relay asks of either model: feed() it tokens of a row, step() some rows for the logits of their
+    next token, drop() what has ended, and tell the cost(). What of a row's text is in the cache is never read again.
     """
 
     def __init__(self, model, prompts):
         self.model, self.cache, self.prompts = model, Cache(model), prompts
-        self.text = [list(prompt) for prompt in prompts]           # all that this model is to see
-        self.own = [[False] * len(prompt) for prompt in prompts]   # for each of those tokens: did this model write it?
-        self.at = [0] * len(prompts)                               # tokens of it in the cache
-        self.copied = [0] * len(prompts)                           # of those, the ones that another row has read
+        self.text = [list(prompt) for prompt in prompts]           # row -> all that this model is to see
+        self.own = [[False] * len(prompt) for prompt in prompts]   # row -> for each of those: did this model write it?
+        self.cached = [0] * len(prompts)                           # row -> how many of them are in the cache
+        self.copied = [0] * len(prompts)                           # row -> how many of those another row has read
         first = {}
-        self.group = [first.setdefault(tuple(prompt), row) for row, prompt in enumerate(prompts)]   # equal prompts
+        self.group = [first.setdefault(tuple(p), row) for row, p in enumerate(prompts)]   # row -> first of its prompt
         self.holder = {}                                           # group -> a row whose cache holds its prompt
 
     def feed(self, row, tokens, own=False):
@@ -146,21 +147,21 @@ class Reader:
 
     def cost(self, row):
         """(prefill, decode): tokens that really ran for this row, written by another or the user, and by this model."""
-        decode = sum(self.own[row][:self.at[row]])
-        return self.at[row] - self.copied[row] - decode, decode
+        decode = sum(self.own[row][:self.cached[row]])
+        return self.cached[row] - self.copied[row] - decode, decode
 
     def step(self, rows):
         """Read all that is new for `rows`. Returns them in cache order, and the logits (B, V) after each one's last."""
-        self.share_prompts([row for row in rows if self.at[row] == 0])
+        self.share_prompts([row for row in rows if self.cached[row] == 0])
         goal, chunk = [len(text) for text in self.text], chunk_size(rows)
-        while long := [row for row in rows if goal[row] - self.at[row] > chunk]:
+        while long := [row for row in rows if goal[row] - self.cached[row] > chunk]:
             self.read(long, goal, chunk)
         return self.read(rows, goal, chunk, last=True)
 
     def share_prompts(self, new):
-        """The G roll-outs of one question read their prompt once: one row reads it, the others copy its cache.
+        """Roll-outs of one question: one row reads all of the prompt but its last token, the others copy its cache.
 
-        But for its last token, which each reads itself, for the logits after it.
+        The last token each row reads itself, because it needs the logits after it.
         """
         if not new:
             return
@@ -168,18 +169,18 @@ class Reader:
         new = [row for row in new if twins[self.group[row]] > 1 and len(self.prompts[row]) > 1]
         readers = [row for row in new if self.holder.setdefault(self.group[row], row) == row]
         goal, chunk = [len(prompt) - 1 for prompt in self.prompts], chunk_size(readers)
-        while unread := [row for row in readers if self.at[row] < goal[row]]:
+        while unread := [row for row in readers if self.cached[row] < goal[row]]:
             self.read(unread, goal, chunk)
         for source in {self.holder[self.group[row]] for row in new}:
             copies = [row for row in new if self.group[row] == self.group[source] and row != source]
             self.cache.copy(source, copies, goal[source])
             for row in copies:
-                self.at[row] = self.copied[row] = goal[source]
+                self.cached[row] = self.copied[row] = goal[source]
 
     def read(self, rows, goal, chunk, last=False):
         """One forward pass over up to `chunk` tokens of each row, towards goal[row]; shorter rows are padded behind."""
         order = self.cache.arrange(rows)
-        spans = [(self.at[row], min(goal[row], self.at[row] + chunk)) for row in order]
+        spans = [(self.cached[row], min(goal[row], self.cached[row] + chunk)) for row in order]
         counts = [end - start for start, end in spans]
         width = max(counts)
         tokens = []                                                # one flat list: made a tensor three times as fast
@@ -189,7 +190,7 @@ class Reader:
         out = (self.model(tokens, self.cache, counts, last=True) if last
                else self.model.hidden(tokens, self.cache, counts))
         for row, (_, end) in zip(order, spans):
-            self.at[row] = end
+            self.cached[row] = end
         return order, out
 
     def drop(self, rows):
@@ -264,18 +265,23 @@ class Row:
             out.end = "length"
 
     def call(self, asked, granted):
-        """The LLM is asked for `granted` tokens, cut to the budget left. None granted: the SLM goes on at once."""
-        self.owed = min(granted, self.budget - len(self.out.tokens))
+        """The LLM is asked for `granted` tokens, cut to the budget left. Zero: noted, and the SLM goes on at once."""
+        self.owed = min(granted, self.left)
         self.out.calls.append(Call(len(self.out.tokens), asked, 0))
+
+    @property
+    def left(self):
+        return self.budget - len(self.out.tokens)
 
     def find_command(self, piece):
         """n, if the token with these bytes completes a command, else None. A command is found however it is cut."""
         self.tail += piece
-        found = None
-        for found in COMMAND.finditer(self.tail) if b">" in piece else ():      # few tokens can end a command
-            pass
-        self.tail = self.tail[found.end():] if found else self.tail[-LONGEST:]
-        return int(found[1]) if found else None
+        found = list(COMMAND.finditer(self.tail)) if b">" in piece else []      # few tokens can end a command
+        if not found:
+            self.tail = self.tail[-LONGEST:]
+            return None
+        self.tail = self.tail[found[-1].end():]                                 # if one token ends two, the last counts
+        return int(found[-1][1])
 
 
 @torch.inference_mode()
@@ -300,27 +306,30 @@ def relay(slm, llm, tokenizer, prompts, *, max_new_tokens, temperature=0.7, seed
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) < context:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens; the context holds 1 to {context - 1}")
-    options = (max_new_tokens, temperature, llm_temperature, top_p, fixed, router, no_calls, on_token, progress)
-    rollouts = []
-    packed = pack(slm)
+    how = dict(temperature=temperature, llm_temperature=llm_temperature, top_p=top_p, fixed=fixed, router=router,
+               no_calls=no_calls, progress=progress)
+    rollouts, size, packed = [], batch or len(prompts) or 1, prepack(slm)
     try:
-        for start in range(0, len(prompts), batch or len(prompts) or 1):
-            part = slice(start, start + (batch or len(prompts)))
-            rollouts += relay_batch(slm, llm, tokenizer, prompts[part], seeds[part], start, context, *options)
+        for start in range(0, len(prompts), size):
+            rows = [Row(p, min(max_new_tokens, context - len(p)), s)
+                    for p, s in zip(prompts[start:start + size], seeds[start:start + size])]
+            tell = lambda row, token, by_llm: on_token(start + row, token, by_llm) if on_token else None
+            relay_batch(slm, llm, tokenizer, rows, tell=tell, **how)
+            rollouts += [row.out for row in rows]
     finally:
-        unpack(packed)
+        forget(packed)
     return rollouts
 
 
-def relay_batch(slm, llm, tokenizer, prompts, seeds, start, context, max_new_tokens, temperature, llm_temperature,
-                top_p, fixed, router, no_calls, on_token, progress):
-    rows = [Row(p, min(max_new_tokens, context - len(p)), s) for p, s in zip(prompts, seeds)]
-    device = slm.embed.weight.device
-    known = torch.tensor(tokenizer.known, device=device)
-    ban = Ban(tokenizer, device)
-    writer, helper = Reader(slm, prompts), Reader(llm, prompts) if llm is not None else None
+def relay_batch(slm, llm, tokenizer, rows, *, tell, progress, temperature, llm_temperature, top_p, fixed, router,
+                no_calls):
+    """Write the responses of these rows, turn by turn. A row is named by its index."""
+    known = torch.tensor(tokenizer.known, device=slm.embed.weight.device)
+    ban = Ban(tokenizer, known.device)
+    prompts = [row.out.prompt for row in rows]
+    slm_reader, llm_reader = Reader(slm, prompts), Reader(llm, prompts) if llm is not None else None
 
-    def draw(reader, turn, temperature, top_p, forbid=None):
+    def draw(reader, turn, temperature, top_p=1.0, forbid=None):
         """One step of a model for the rows whose turn it is: rows in cache order, log-probabilities, sampled ids."""
         order, logits = reader.step(turn)
         logprobs = log_softmax(logits, known, temperature)
@@ -329,67 +338,70 @@ def relay_batch(slm, llm, tokenizer, prompts, seeds, start, context, max_new_tok
         ids = sample(logprobs, [rows[r].uniforms.item(len(rows[r].out.tokens)) for r in order], temperature, top_p)
         return order, logprobs, ids
 
-    def retire(turn):
-        """Take the rows that have ended out of the turn, and out of the caches."""
-        ended = [r for r in turn if rows[r].out.end]
-        if ended:
-            for reader in (writer, helper) if helper else (writer,):
-                reader.drop(ended)
-            if progress:
-                progress(len(ended))
-        return [r for r in turn if not rows[r].out.end]
-
-    def tell(r, token, by_llm):
-        if on_token:
-            on_token(start + r, token, by_llm)
-
-    forbid = (lambda order: torch.stack([ban.mask(rows[r].tail) for r in order])) if no_calls else None
-    live = retire(range(len(rows)))
-    while live:
-        # The SLM's turn: until every live row waits for the LLM
+    def slm_turn(live):
+        """The SLM writes until every live row waits for the LLM. Returns the rows that are still live."""
         turn = live
         while turn:
-            order, logprobs, ids = draw(writer, turn, temperature, top_p, forbid)
+            order, logprobs, ids = draw(slm_reader, turn, temperature, top_p, forbid)
             chosen = logprobs.gather(-1, ids[:, None].to(logprobs.device))[:, 0].tolist()
-            unsure = (entropy(logprobs) > router[0]).tolist() if router and helper else [False] * len(order)
+            unsure = (entropy(logprobs) > router[0]).tolist() if router and llm_reader else [False] * len(order)
             for r, token, logprob, discard in zip(order, ids.tolist(), chosen, unsure):
                 row = rows[r]
                 if discard:
-                    row.call(row.budget, row.budget)
+                    row.call(row.left, row.left)           # until the LLM is sure, below
                     continue
                 row.append(token, False, logprob, tokenizer.end_ids)
-                writer.feed(r, [token], own=True)
+                slm_reader.feed(r, [token], own=True)
                 tell(r, token, False)
                 n = row.find_command(tokenizer.token_bytes[token])
-                if n is not None and helper and not router and not row.out.end:
+                if n is not None and llm_reader and not router and not row.out.end:
                     row.call(n, n if fixed is None else fixed)
             live = retire(live)
             turn = [r for r in order if not rows[r].out.end and not rows[r].owed]
+        return live
 
-        # The LLM's turn: all waiting rows as one batch, each until it has its tokens
+    def llm_turn(live):
+        """The LLM serves all rows, which all wait for it, as one batch, each until it has its tokens."""
         for r in live:
             new = rows[r].out.tokens[rows[r].since:]
-            helper.feed(r, new if router else without_commands(new, tokenizer))   # under a router nothing is a command
+            llm_reader.feed(r, new if router else without_commands(new, tokenizer))   # a router's commands are text
         turn = live
         while turn:
-            order, logprobs, ids = draw(helper, turn, llm_temperature, 1.0)
+            order, logprobs, ids = draw(llm_reader, turn, llm_temperature)
             sure = (entropy(logprobs) < router[1]).tolist() if router else [False] * len(order)
             for r, token, stop in zip(order, ids.tolist(), sure):
                 row = rows[r]
                 row.append(token, True, 0.0, tokenizer.end_ids)
-                helper.feed(r, [token], own=True)
-                writer.feed(r, [token])
+                llm_reader.feed(r, [token], own=True)
+                slm_reader.feed(r, [token])
                 tell(r, token, True)
                 row.since, row.tail = len(row.out.tokens), b""
                 if stop:
                     row.owed = 0
             live = retire(live)
             turn = [r for r in order if not rows[r].out.end and rows[r].owed]
+        return live
+
+    def retire(live):
+        """Take the rows that have ended out of the caches. Returns the others."""
+        ended = [r for r in live if rows[r].out.end]
+        if ended:
+            slm_reader.drop(ended)
+            if llm_reader:
+                llm_reader.drop(ended)
+            if progress:
+                progress(len(ended))
+        return [r for r in live if not rows[r].out.end]
+
+    forbid = (lambda order: torch.stack([ban.mask(rows[r].tail) for r in order])) if no_calls else None
+    live = retire(range(len(rows)))                        # a budget of 0 is spent before the first token
+    while live:
+        live = slm_turn(live)
+        live = llm_turn(live)
 
     for r, row in enumerate(rows):
-        (prefill, decode), (llm_prefill, llm_decode) = writer.cost(r), helper.cost(r) if helper else (0, 0)
+        (prefill, decode), (llm_prefill, llm_decode) = slm_reader.cost(r), llm_reader.cost(r) if llm_reader else (0, 0)
         row.out.cost = dict(slm_prefill=prefill, slm_decode=decode, llm_prefill=llm_prefill, llm_decode=llm_decode)
-    return [row.out for row in rows]
 
 
 def plain_text(rollout, tokenizer):
@@ -403,10 +415,10 @@ def plain_text(rollout, tokenizer):
 
 
 def correct(question, rollout, tokenizer):
-    """Is the response right? A strict question (the toy's) also wants nothing between its answer and its own end."""
+    """Is the response right? A strict question (the toy's) wants its answer last: only an end of text may follow."""
     text = plain_text(rollout, tokenizer)
-    if question.strict and (rollout.end == "length" or not text.endswith(f"\\boxed{{{question.answer}}}")):
-        return False
+    if question.strict:
+        return rollout.end != "length" and text.endswith(f"\\boxed{{{question.answer}}}")
     return grade(text, question.answer)
 
 
@@ -425,7 +437,7 @@ def positive(kind):
         if not 0 < value < float("inf"):
             raise ValueError
         return value
-    number.__name__ = "positive number"
+    number.__name__ = "positive number"       # argparse prints it in its error
     return number
 
 
@@ -475,7 +487,7 @@ class Run:
         self.info = read_json(self.file) if self.file.exists() else {"stages": {}}
 
     def directory(self, name):
-        """Where a model of this run lies: "slm" and "llm" as given to warmup.py, "warmup" and "grpo" inside."""
+        """Where "slm" or "llm" lies: as given to warmup.py, or (the toy's) inside the run."""
         return self.path / self.info.get(name, name)      # an absolute path stays what it is
 
     def finished(self, stage, settings):
@@ -540,7 +552,7 @@ def load_pair(slm_path, llm_path, device, dtype):
     for path, model in ((slm_path, slm), (llm_path, llm)):
         if model.config.vocab_size < len(tokenizer.known):
             raise ValueError(f"{path}: {model.config.vocab_size} embeddings for {len(tokenizer.known)} token ids")
-    pack(llm, free=True)
+    prepack(llm, free=True)
     return slm, llm, tokenizer
 
 
@@ -559,7 +571,7 @@ def run_script(main):
 def show(text, slm, llm, tokenizer, args, colour):
     """Print one relay as it is written, the LLM's tokens in colour or in brackets, and then what it cost."""
     marks = ("\033[92m", "\033[0m") if colour else ("[", "]")
-    decoders = {writer: codecs.getincrementaldecoder("utf-8")("replace") for writer in (False, True)}
+    decoders = {by_llm: codecs.getincrementaldecoder("utf-8")("replace") for by_llm in (False, True)}
     last = False
 
     def show_token(row, token, by_llm):

@@ -28,7 +28,7 @@ import torch  # noqa: E402
 import relay as engine  # noqa: E402
 import grpo  # noqa: E402
 from data import Question, Tokenizer, save_toy_tokenizer  # noqa: E402
-from model import Transformer, linear, load, pack, parse_config, save  # noqa: E402
+from model import Transformer, linear, load, parse_config, prepack, save  # noqa: E402
 from relay import Reader, relay, small_models  # noqa: E402
 from warmup import TOY_SIZES, adamw  # noqa: E402
 
@@ -126,14 +126,14 @@ class Bench:
         path = self.args.models and self.args.models / name
         if path and path.is_dir() and not self.quick:
             model = load(path, self.device, dtype)
-            pack(model)
+            prepack(model)
             return model, path
         shape = dict(SHAPES[name])
         if self.quick:
             shape.update(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=300, head_dim=8,
                          num_attention_heads=4, num_key_value_heads=2)
         model = Transformer(parse_config(shape, name)).initialize(0).to(self.device, dtype).eval()
-        pack(model)
+        prepack(model)
         return model, None
 
     def rival(self, model, path):
@@ -272,9 +272,9 @@ class ReSending(Reader):
     """
 
     def feed(self, row, tokens, own=False):
-        if not own and self.at[row]:
+        if not own and self.cached[row]:
             self.drop([row])
-            self.at[row] = 0
+            self.cached[row] = 0
         super().feed(row, tokens, own)
 
 

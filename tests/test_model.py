@@ -21,7 +21,7 @@ import torch
 from conftest import CONFIGS, raw_config, safetensors, shuffled, tiny, tokens_of
 from data import Tokenizer, save_toy_tokenizer
 import model as chapter
-from model import Cache, Transformer, linear, load, pack, parse_config, read_safetensors, rope_frequencies, save, unpack
+from model import Cache, Transformer, forget, load, parse_config, prepack, read_safetensors, rope_frequencies, save
 
 FAMILIES = list(CONFIGS)
 GOLDEN = Path(__file__).parent / "golden" / "models"
@@ -198,10 +198,10 @@ def test_packed_weights_give_the_same_logits(family):
     model = tiny(family, dtype=torch.float32, hidden_size=512, head_dim=128, intermediate_size=300, vocab_size=130)
     tokens = tokens_of(0, 3, 7)
     with torch.inference_mode():
-        plain, packed = model(tokens), pack(model)
-        assert len(packed) == 2 * 4 + 1 and pack(model) == []                  # every matrix, the head too; and once
+        plain, packed = model(tokens), prepack(model)
+        assert len(packed) == 2 * 4 + 1 and prepack(model) == []                  # every matrix, the head too; and once
         assert (model(tokens) - plain).abs().max() < 1e-5 * plain.abs().max()
-    unpack(packed)
+    forget(packed)
     assert not any(hasattr(weight, "packed") for weight in model.parameters())
 
 
@@ -212,7 +212,7 @@ def test_a_model_that_is_only_sampled_from_holds_its_weights_once():
     shapes = [p.shape for p in model.parameters()]
     with torch.inference_mode():
         plain = model(tokens)
-        pack(model, free=True)
+        prepack(model, free=True)
         assert (model(tokens) - plain).abs().max() < 1e-5 * plain.abs().max()
     assert [p.shape for p in model.parameters()] == shapes                     # so that parameters are counted right
     held = sum(m.weight.untyped_storage().nbytes() for m in model.matrices() if hasattr(m.weight, "packed"))
