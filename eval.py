@@ -17,13 +17,14 @@ Every method answers the same questions, which no stage of training has seen:
 and, with --all, models that were trained otherwise (VARIANTS below). The relay closes a share p of the gap between the
 two models, and costs 1 - rho / p less than the first router. Accuracies and differences come with a 95% interval: the
 questions are drawn again, 2,000 times, with replacement, the same for all methods (paired percentile bootstrap);
-repeated answers to one question stay together. All counts are of what ran.
+repeated answers to one question stay together. All counts are of what ran; only the random routers are computed.
 
 For the toy one more figure is known: the bound, what calls placed exactly on the unknown facts would cost.
 """
 import base64
 import hashlib
 import html
+import importlib.util
 import itertools
 import json
 import random
@@ -33,18 +34,18 @@ from collections import Counter
 
 import numpy as np
 
-from data import load_questions, toy_questions
+from data import load_questions, split_of, toy_questions
 from grpo import parameters
 from model import load, weight_files, write_beside
 from relay import (COMMAND, Call, Rollout, Run, command, correct, fill_in, load_pair, machine, parser, positive, relay,
-                   run_script)
+                   run_script, show_presets)
 from warmup import progress_bar
 
 TOY = dict(temperature=0.7, max_new_tokens=96, limit=1000, fixed=[1, 4, 9])
 PAPER = dict(temperature=0.0, max_new_tokens=8192, fixed=[20, 100, 500])
 THRESHOLDS = [0.05, 0.1, 0.2, 0.4, 0.8, 1.6]     # of the token router, in nats
 VARIANTS = {                                     # directory in the run: the flags of grpo.py that make it
-    "grpo_no_call": "--slm {run}/slm --no-teacher --reward simple",
+    "grpo_no_call": "--slm {slm} --no-teacher --reward simple",
     "simple_reward": "--reward simple",
     "llm_tokens_in_loss": "--llm-tokens-in-loss",
     "batch_scenarios": "--batch-scenarios",
@@ -76,11 +77,13 @@ class Answers:
                     record = json.loads(line)
                     self.known[record["key"]] = record
                 except (ValueError, KeyError, TypeError):
-                    pass                          # the last line of an evaluation that was killed
+                    with open(path, "a", encoding="utf-8") as file:
+                        file.write("\n")          # half a line, of an evaluation that was killed
 
     def write(self, method, writer, helper, marks, tokenizer, questions, args, **options):
         """Roll-outs and seconds of `questions`, each args.repeat times. writer, helper: models; marks: fingerprints."""
-        settings = dict(marks=marks, temperature=args.temperature, max_new_tokens=args.max_new_tokens, **options)
+        settings = dict(marks=marks, dtypes=[str(m.embed.weight.dtype) for m in (writer, helper) if m],
+                        temperature=args.temperature, max_new_tokens=args.max_new_tokens, **options)
         jobs = []
         for i, question in enumerate(questions):
             prompt = tokenizer.chat(question.text)
@@ -158,16 +161,18 @@ def result(method, questions, rollouts, tokenizer, args, writer, helper, seconds
 def routers(rows, right):
     """The random router's two rows, from the measured answers; and the relay's figures against it, into its row.
 
-    Without a gap between SLM and LLM there is nothing to close: the router sends nothing to the LLM.
+    Without a gap between SLM and LLM there is nothing to close: the router sends nothing to the LLM. Where some of the
+    resamples have none, the share of the gap has no interval.
     """
     slm, llm, ours = (np.asarray(right[name], dtype=float) for name in ("slm", "llm", "relay"))
     relay, p = rows["relay"], 0.0
     relay.update(gap_closed=None, gap_closed_ci95=None, cost_reduction=None)
     if llm.mean() > slm.mean():
-        share = lambda v: (v[2].mean() - v[0].mean()) / max(v[1].mean() - v[0].mean(), 1e-9)
+        gap = lambda v: v[1].mean() - v[0].mean()
+        share = lambda v: (v[2].mean() - v[0].mean()) / gap(v) if gap(v) > 0 else np.nan
         everything = np.stack([slm, llm, ours])
-        p = float(share(everything))
-        relay.update(gap_closed=p, gap_closed_ci95=interval(everything, share),
+        p, ends = float(share(everything)), interval(everything, share)
+        relay.update(gap_closed=p, gap_closed_ci95=None if np.isnan(ends).any() else ends,
                      cost_reduction=1 - relay["rho"] / p if p > 0 else None)
     p = min(max(p, 0.0), 1.0)
     shared = {key: relay[key] for key in ("questions", "seed", "temperature", "max_new_tokens", "repeat")}
@@ -175,6 +180,12 @@ def routers(rows, right):
         right[name] = (1 - cost) * slm + cost * llm                 # its expected accuracy on each question
         rows[name] = dict(method=name, accuracy=float(right[name].mean()), rho=cost, ci95=interval(right[name]),
                           **shared)
+
+
+def difference(rows, right, name):
+    """The relay less another method, on the same questions, with its interval."""
+    gained = right["relay"] - right[name]
+    return dict(accuracy=float(gained.mean()), ci95=interval(gained), rho=rows["relay"]["rho"] - rows[name]["rho"])
 
 
 def bound(questions, tokenizer):
@@ -230,15 +241,29 @@ def figures(part):
     return f"{part['call_rate']:7.0%}{asked:>6}{part['length']:8.1f}{part['cut']:6.1%}"
 
 
+def tell(relay, analysis):
+    """What the table does not show, in lines."""
+    if relay["gap_closed"] is not None:
+        ends = "{:.1%} - {:.1%}".format(*relay["gap_closed_ci95"]) if relay["gap_closed_ci95"] else "no interval"
+        reduction = f"{relay['cost_reduction']:.1%}" if relay["cost_reduction"] is not None else "-"
+        print(f"the relay closes {relay['gap_closed']:.1%} ({ends}) of the gap with {relay['rho']:.2%} of the tokens, "
+              f"{reduction} below the accuracy-matched random router")
+    calls = analysis["calls"]
+    for name in ("with_call", "without_call"):
+        print("{}: {:.1%} of {} answers are right".format(name.replace("_", " a "), *calls[name]))
+    for kind, counts in calls["asked"].items():
+        print(f"n asked, {kind}: " + ", ".join(f"{n} {count}x" for n, count in counts.items()))
+    print("before its calls stands: " + ", ".join(f"{text!r} {n}x" for text, n in calls["before"].items()))
+    if "bound_rho" in analysis:
+        print(f"bound: calls exactly on the unknown facts would cost rho {analysis['bound_rho']:.2%}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures, and a page that holds everything
 
 def plot(rows, sweep, metrics, path):
     """Accuracy against the LLM's share of tokens, and the learning curves. Needs matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    from matplotlib.figure import Figure
     figure = Figure(figsize=(12, 7), layout="constrained")
     top, *curves = figure.subplot_mosaic("aaa;bcd", height_ratios=[3, 2]).values()
     ends = [(rows[name]["rho"], rows[name]["accuracy"]) for name in ("slm", "llm")]
@@ -289,18 +314,39 @@ def arguments():
                    metavar="METHOD", help="beside slm, relay and llm only these (default: all)")
     g.add_argument("--fixed", type=positive(int), nargs="+", metavar="N", help="lengths of the fixed_N rows")
     g.add_argument("--fit", type=positive(int), default=200, help="other questions, to fit the token router on (200)")
-    g.add_argument("--all", action="store_true", help="also the variants of training that are in the run")
+    g.add_argument("--all", action="store_true", help="also the ablations that grpo.py --variant has put into the run")
     g.add_argument("--plot", action="store_true", help="draw RUN/eval/plot.png (needs matplotlib)")
     g.add_argument("--html", action="store_true", help="write RUN/eval/index.html: table, picture, roll-outs")
-    return p.parse_args()
+    show_presets(p, TOY, PAPER)
+    args = p.parse_args()
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        p.error("--plot needs matplotlib: pip install matplotlib")
+    return args
 
 
-def fit_questions(args, run, toy, questions):
-    """Questions to fit a threshold on: the toy's held-out ones, or of the training file; none that is reported."""
-    if toy:
+def fit_questions(args, run, questions):
+    """Questions to fit a threshold on: held out of training (a tenth of its file), and none that is reported."""
+    file = run.info["stages"]["grpo"].get("questions")
+    if file is None:
         return list(itertools.islice(toy_questions("held_out", random.Random("fit")), args.fit))
     reported = {q.text for q in questions}
-    return [q for q in load_questions(run.info["stages"]["grpo"]["questions"]) if q.text not in reported][:args.fit]
+    found = [q for q in load_questions(file) if split_of(q.text) == "held_out" and q.text not in reported][:args.fit]
+    if not found:
+        raise ValueError(f"{file}: no question is left to fit the token router on; leave it out with --rows")
+    return found
+
+
+def find_variants(args, run, slm):
+    """The ablations that are in the run. Says how to make those that are not."""
+    stage, there = run.info["stages"]["grpo"], []
+    for name, flags in VARIANTS.items():
+        if name in run.info["stages"] and (args.all or name in (args.rows or ())):
+            there.append(name)
+        elif args.all:
+            same = f"--seed {stage['seed']}" + (f" --questions {stage['questions']}" if "questions" in stage else "")
+            print(f"{name} is missing; make it, with what other flags grpo had: python grpo.py --run {run.path} "
+                  f"--variant {name} {same} {flags.format(slm=slm)}")
+    return there
 
 
 def main():
@@ -315,28 +361,34 @@ def main():
     device, dtype = machine(args, run.toy)
     paths = dict(slm=args.slm or run.directory("slm"), llm=args.llm or run.directory("llm"),
                  warmup=run.path / "warmup", relay=run.path / "grpo")
-    for name, flags in VARIANTS.items() if args.all else ():
-        if name in run.info["stages"]:
-            paths[name] = run.path / name
-        else:
-            print(f"{name} is missing; make it: python grpo.py --run {run.path} --variant {name} "
-                  + flags.format(run=run.path))
-    slm, llm, tokenizer = load_pair(paths["slm"], paths["llm"], device, dtype)
-    models = {name: load(path, device) for name, path in paths.items() if name not in ("slm", "llm")}
-    models |= dict(slm=slm, llm=llm)
-    marks = {name: fingerprint(path) for name, path in paths.items()}
+    variants = find_variants(args, run, paths["slm"])
+    paths |= {name: run.path / name for name in variants}
     questions = (list(itertools.islice(toy_questions("eval", random.Random(f"eval {args.seed}")), args.limit)) if toy
                  else load_questions(args.questions, args.limit))
+    routed = not args.rows or "token_router" in args.rows
+    others = fit_questions(args, run, questions) if routed else []
+    slm, llm, tokenizer = load_pair(paths["slm"], paths["llm"], device, dtype)
+    held, marks = dict(slm=slm, llm=llm), {}
     out = run.path / "eval"
     out.mkdir(parents=True, exist_ok=True)
     answers, rows, right, kept = Answers(out / "answers.jsonl"), {}, {}, {}
 
+    def model(name):
+        """A model by its name. Beside SLM and LLM one more is in memory, the last that was asked for."""
+        if name not in held:
+            for other in held.keys() - {"slm", "llm"}:
+                del held[other]
+            held[name] = load(paths[name], device)
+        if name not in marks:
+            marks[name] = fingerprint(paths[name])
+        return held[name]
+
     def add(method, writer, helper=None, asked=questions, **options):
         """Write a method's answers, and put its row into the table. Returns the row."""
-        used = [marks[writer], marks.get(helper)]
-        rollouts, seconds = answers.write(method, models[writer], models.get(helper), used, tokenizer, asked, args,
+        models = model(writer), model(helper) if helper else None
+        rollouts, seconds = answers.write(method, *models, [marks[writer], marks.get(helper)], tokenizer, asked, args,
                                           **options)
-        row, hits = result(method, asked, rollouts, tokenizer, args, models[writer], models.get(helper), seconds)
+        row, hits = result(method, asked, rollouts, tokenizer, args, *models, seconds)
         if asked is questions:
             rows[method], right[method], kept[method] = row, hits, rollouts
         return row
@@ -344,56 +396,35 @@ def main():
     plan = [("slm", "slm", None, {}), ("warmup", "warmup", "llm", {}), ("relay", "relay", "llm", {}),
             ("relay_no_teacher", "relay", None, dict(no_calls=True)), ("llm", "llm", None, {}),
             *((f"fixed_{n}", "relay", "llm", dict(fixed=n)) for n in args.fixed),
-            *((name, name, None if name == "grpo_no_call" else "llm", {}) for name in VARIANTS if name in models)]
+            *((name, name, None if name == "grpo_no_call" else "llm", {}) for name in variants)]
     for method, writer, helper, options in plan:
         if not args.rows or re.sub(r"_\d+", "", method) in ("slm", "relay", "llm", *args.rows):
             add(method, writer, helper, **options)
     sweep = {}
-    if not args.rows or "token_router" in args.rows:
-        # Its threshold: on other questions the cheapest that is as accurate as the relay there, or else the best
-        other = fit_questions(args, run, toy, questions)
-        sweep = {t: add("token_router", "slm", "llm", other, router=(t, t)) for t in THRESHOLDS}
-        aim = add("relay", "relay", "llm", other)["accuracy"]
+    if routed:    # its threshold: on other questions the cheapest that is as accurate as the relay there, or the best
+        sweep = {t: add("token_router", "slm", "llm", others, router=(t, t)) for t in THRESHOLDS}
+        aim = add("relay", "relay", "llm", others)["accuracy"]
         enough = [t for t in THRESHOLDS if sweep[t]["accuracy"] >= aim]
         best = (min(enough, key=lambda t: sweep[t]["rho"]) if enough
                 else max(THRESHOLDS, key=lambda t: sweep[t]["accuracy"]))
         add("token_router", "slm", "llm", router=(best, best))["threshold"] = best
     routers(rows, right)
 
-    differences = {}
-    for name in right:
-        if name != "relay":
-            gained = right["relay"] - right[name]
-            differences[name] = dict(accuracy=float(gained.mean()), ci95=interval(gained),
-                                     rho=rows["relay"]["rho"] - rows[name]["rho"])
-    analysis = dict(relay_minus=differences, calls=where_calls_happen(questions, kept["relay"], tokenizer, args.repeat),
+    analysis = dict(relay_minus={name: difference(rows, right, name) for name in right if name != "relay"},
+                    calls=where_calls_happen(questions, kept["relay"], tokenizer, args.repeat),
                     token_router={str(t): dict(accuracy=row["accuracy"], rho=row["rho"]) for t, row in sweep.items()})
     if toy:
         analysis["bound_rho"] = bound(questions, tokenizer)
     for name, content in (("analysis.json", analysis), ("results.json", list(rows.values()))):
         write_beside(out / name, lambda file: file.write(json.dumps(content, indent=2).encode() + b"\n"))
+    print(table(rows.values()))
+    tell(rows["relay"], analysis)
     if args.plot:
         lines = (run.path / "grpo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        metrics = [json.loads(line) for line in lines]
-        plot(rows, sweep, metrics, out / "plot.png")
+        plot(rows, sweep, [json.loads(line) for line in lines], out / "plot.png")
     if args.html:
         text = page(list(rows.values()), questions, kept["relay"][::args.repeat], tokenizer, out / "plot.png")
         write_beside(out / "index.html", lambda file: file.write(text.encode()))
-    print(table(rows.values()))
-    ours = rows["relay"]
-    if ours["gap_closed"] is not None:
-        low, high = ours["gap_closed_ci95"]
-        reduction = f"{ours['cost_reduction']:.1%}" if ours["cost_reduction"] is not None else "-"
-        print(f"the relay closes {ours['gap_closed']:.1%} ({low:.1%} - {high:.1%}) of the gap with {ours['rho']:.2%} "
-              f"of the tokens, {reduction} below the accuracy-matched random router")
-    calls = analysis["calls"]
-    for name in ("with_call", "without_call"):
-        print("{}: {:.1%} of {} answers are right".format(name.replace("_", " a "), *calls[name]))
-    for kind, counts in calls["asked"].items():
-        print(f"n asked, {kind}: " + ", ".join(f"{n} {count}x" for n, count in counts.items()))
-    print("before its calls stands: " + ", ".join(f"{text!r} {n}x" for text, n in calls["before"].items()))
-    if toy:
-        print(f"bound: calls exactly on the unknown facts would cost rho {analysis['bound_rho']:.2%}")
     print(f"wrote {out / 'results.json'}; next: python relay.py --run {run.path}")
 
 

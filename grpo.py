@@ -5,13 +5,16 @@ its group (no value network), and the tokens that the SLM sampled become more or
 
     A = (r - mean of the group) / (std of the group + 1e-6)                        GRPO, arXiv 2402.03300, section 4.1
     loss = mean over tokens of  max(-A ratio, -A clip(ratio)) + 0.01 k3(policy, warmed-up model)
+           (the first term at most -3 A where A < 0)
 
 What is RelayLLM's own is the reward (arXiv 2601.05167, section 4.2). It asks what the group shows about the question:
 can the SLM do it alone, only with help, or not at all? Alone it pays not to call, else it pays to call, and each
 token from the LLM costs a little. Tokens that the LLM wrote have no gradient: nobody of ours sampled them.
 """
+import hashlib
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -23,7 +26,8 @@ import torch
 from tqdm import tqdm
 
 from model import Transformer, load, read_json, save, write_beside
-from relay import Run, correct, fill_in, load_pair, machine, parser, positive, relay, run_script
+from relay import (Run, at_least_zero, correct, differing, fill_in, load_pair, machine, parser, positive, relay,
+                   run_script, shares, show_presets)
 from warmup import (HEAD, Example, adamw, add_up, apply_gradient, check_gpus, hear_signals, join_processes,
                     machine_arguments, micro_batches, progress_bar, settings, start_processes, token_logprobs,
                     training_questions, wait_for_all, world, write_answers)
@@ -101,7 +105,7 @@ def examples_of(rollouts, llm_tokens=False):
 
 
 def update(policy, reference, optimizer, rollouts, advantage, known, args):
-    """One optimizer step on these roll-outs. Returns sums over its tokens, for the metrics.
+    """One optimizer step on these roll-outs. Returns sums over its tokens (drift: the largest), for the metrics.
 
     advantage: (number of roll-outs,). The denominator is the number of learned tokens (--loss sequence: of roll-outs)
     of the whole update, over all micro-batches and processes, so that the gradient does not depend on how it is cut.
@@ -121,12 +125,14 @@ def update(policy, reference, optimizer, rollouts, advantage, known, args):
             ref = token_logprobs(reference, part, known, args.temperature)[0]
         logprobs, entropies = token_logprobs(policy, part, known, args.temperature, entropies=True)
         stored = [(lp, by_llm) for i in batch for lp, by_llm in zip(rollouts[i].logprobs, rollouts[i].by_llm)]
-        old = torch.tensor([lp for lp, by_llm in stored if args.llm_tokens_in_loss or not by_llm]).to(logprobs)
+        stored = [pair for pair in stored if args.llm_tokens_in_loss or not pair[1]]
+        old = torch.tensor([lp for lp, _ in stored]).to(logprobs)
         if args.llm_tokens_in_loss:                       # the sampler stored none for them: a ratio of 1
             old = torch.where(torch.tensor([b for _, b in stored], device=old.device), logprobs.detach(), old)
-        spread = lambda values: torch.tensor([v for i, v in zip(batch, values) for _ in range(counts[i])]).to(logprobs)
-        weight = spread([1 / tokens if args.loss == "token" else 1 / (responses * counts[i]) for i in batch])
-        loss, clipped = policy_loss(logprobs, old, spread(advantage[batch].tolist()), args.clip_low, args.clip_high)
+        learned = torch.tensor([counts[i] for i in batch])
+        spread = lambda values: values.repeat_interleave(learned).to(logprobs)        # a roll-out's value to its tokens
+        weight = spread(1 / (learned * responses) if args.loss == "sequence" else torch.full([len(batch)], 1 / tokens))
+        loss, clipped = policy_loss(logprobs, old, spread(advantage[batch]), args.clip_low, args.clip_high)
         kl = k3(logprobs, ref)
         loss = ((loss + args.kl * kl) * weight).sum()
         loss.backward()
@@ -192,7 +198,7 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
     sums = []
     for part in range(args.updates):           # old log-probabilities stay those of sampling over all updates
         chosen = [i for i, q in enumerate(mine)
-                  if q % args.updates == part and not (args.skip_equal and not advantage[i].any())]
+                  if q * args.updates // len(questions) == part and not (args.skip_equal and not advantage[i].any())]
         sums.append(update(policy, reference, optimizer, [r for i in chosen for r in groups[i]],
                            advantage[chosen].flatten(), known, args))
     tokens = sum(s["tokens"] for s in sums)
@@ -210,15 +216,26 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
     return metrics, groups
 
 
-def filter_questions(questions, llm, tokenizer, args):
-    """Keep the questions that the LLM solves alone often enough (RelayLLM, section 5): only there can asking help."""
-    if args.filter_samples == 0:
-        return questions
-    many = [q for q in questions for _ in range(args.filter_samples)]
-    answers = write_answers(llm, None, tokenizer, many, args, "filter", temperature=args.llm_temperature)
-    right = [correct(q, r, tokenizer) for q, r in zip(many, answers)]
+def filter_questions(questions, llm, tokenizer, args, file):
+    """Keep the questions that the LLM solves alone often enough (RelayLLM, section 5): only there can asking help.
+
+    With real models this takes hours, so what it found is kept in `file`, for --resume and for variants.
+    """
     n = args.filter_samples
-    kept = [q for i, q in enumerate(questions) if sum(right[i * n:(i + 1) * n]) >= args.pass_rate * n]
+    if n == 0:
+        return questions
+    asked = [[q.text for q in questions], str(args.llm), n, args.seed, args.llm_temperature, args.max_new_tokens]
+    key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    solved = read_json(file).get(key) if file.exists() else None
+    wait_for_all()                             # before the first process writes it
+    if solved is None:
+        many = [q for q in questions for _ in range(n)]
+        right = write_answers(llm, None, tokenizer, many, args, "filter", temperature=args.llm_temperature,
+                              keep=lambda question, rollout: correct(question, rollout, tokenizer))
+        solved = [sum(right[i:i + n]) for i in range(0, len(right), n)]
+        if world()[0] == 0:
+            write_beside(file, lambda out: out.write(json.dumps({key: solved}).encode()))
+    kept = [q for q, times in zip(questions, solved) if times >= args.pass_rate * n]
     print(f"filter: the LLM solves {len(kept)} of {len(questions)} questions")
     return kept
 
@@ -278,7 +295,8 @@ def hours_needed(slm, llm, args, length, rho, flops, bandwidth, llm_bytes=2):
 
 
 # What the presets differ in. The toy samples at 0.7, where its few calls stand out and its text is nearly free of
-# slips; its learning rate rises over `ramp` steps and falls to 0; it skips groups of equal rewards (seconds of work).
+# slips. Without a flag: `ramp`, `decay` (its learning rate rises over so many steps, then falls to 0), and `skip_equal`
+# (groups of equal rewards are not learned from, which saves time).
 TOY = dict(temperature=0.7, max_new_tokens=96, steps=60, questions_per_step=16, group=16, lr=1e-3, updates=1,
            pool=640, filter_samples=2, decay=True, ramp=20, skip_equal=True, micro_tokens=3000,
            checkpointing=False, eval_every=20)
@@ -291,25 +309,30 @@ def arguments():
     p = parser("Stage 2: GRPO over relay roll-outs. Defaults: the toy's, and with real models the paper's.",
                "python grpo.py --run runs/toy --gpus 1")
     g = p.add_argument_group("the algorithm")
-    g.add_argument("--steps", type=positive(int), help=f"batches of roll-outs (toy {TOY['steps']})")
-    g.add_argument("--questions-per-step", type=positive(int), help=f"toy {TOY['questions_per_step']}, paper 128")
-    g.add_argument("--group", type=positive(int), help=f"roll-outs of each question, G (toy {TOY['group']}, paper 8)")
-    g.add_argument("--lr", type=positive(float), help=f"learning rate (toy {TOY['lr']}, to 0; paper 1e-6, constant)")
-    g.add_argument("--kl", type=float, default=0.01, help="weight of the KL to the warmed-up model (0.01)")
+    g.add_argument("--steps", type=positive(int), help="batches of roll-outs")
+    g.add_argument("--questions-per-step", type=positive(int), help="questions of a batch")
+    g.add_argument("--group", type=positive(int), help="roll-outs of each question, G")
+    g.add_argument("--lr", type=positive(float), help="learning rate; the toy's falls to 0")
+    g.add_argument("--kl", type=at_least_zero(float), default=0.01,
+                   help="weight of the KL to the warmed-up model (0.01)")
     g.add_argument("--reward", choices=["difficulty", "simple"], default="difficulty",
                    help="RelayLLM's difficulty-aware reward, or accuracy - rho")
-    g.add_argument("--updates", type=positive(int), help="updates for each batch of roll-outs (toy 1, paper 4)")
-    g.add_argument("--clip-low", type=float, default=0.2, help="PPO's clip below 1 (0.2; arXiv 1707.06347)")
-    g.add_argument("--clip-high", type=float, default=0.3, help="and above (0.3; DAPO, arXiv 2503.14476)")
+    g.add_argument("--updates", type=positive(int), help="updates for each batch of roll-outs")
+    g.add_argument("--clip-low", type=at_least_zero(float), default=0.2,
+                   help="PPO's clip below 1 (0.2; arXiv 1707.06347)")
+    g.add_argument("--clip-high", type=at_least_zero(float), default=0.3,
+                   help="and above (0.3; DAPO, arXiv 2503.14476)")
     g.add_argument("--loss", choices=["token", "sequence"], default="token",
                    help="mean over all tokens (DAPO), or of each response's mean (GRPO, arXiv 2402.03300)")
     g.add_argument("--no-std", dest="scale_by_std", action="store_false",
                    help="do not divide advantages by the group's std (Dr. GRPO, arXiv 2503.20783)")
-    g.add_argument("--llm-temperature", type=float, default=0.7, help="the LLM's, inside a call (0.7)")
+    g.add_argument("--llm-temperature", type=at_least_zero(float), default=0.7,
+                   help="the LLM's, inside a call (0.7)")
     g = p.add_argument_group("questions that the LLM can solve")
     g.add_argument("--pool", type=positive(int), help="questions before the filter")
-    g.add_argument("--filter-samples", type=int, help="the LLM's answers to each, 0: no filter (toy 2, paper 10)")
-    g.add_argument("--pass-rate", type=float, default=0.5, help="keep questions that the LLM solves this often (0.5)")
+    g.add_argument("--filter-samples", type=at_least_zero(int), help="the LLM's answers to each, 0: no filter")
+    g.add_argument("--pass-rate", type=at_least_zero(float), default=0.5,
+                   help="keep questions that the LLM solves at least this often (0.5)")
     g = p.add_argument_group("comparisons and ablations")
     g.add_argument("--no-teacher", action="store_true", help="plain GRPO: nobody to call")
     g.add_argument("--llm-tokens-in-loss", action="store_true", help="ablation: learn the LLM's tokens too")
@@ -317,13 +340,16 @@ def arguments():
     g.add_argument("--rho-asked", action="store_true", help="ablation: rho from n, not from what was delivered")
     g.add_argument("--variant", metavar="NAME", help="write into RUN/NAME, beside RUN/grpo, for eval.py --all")
     g = p.add_argument_group("on the way")
-    g.add_argument("--eval-every", type=int, help="steps between checks on held-out questions, 0: none (20)")
+    g.add_argument("--eval-every", type=at_least_zero(int), help="steps between checks on held-out questions, 0: none")
     g.add_argument("--eval-questions", type=positive(int), default=128, help="questions of a check (128)")
     g.add_argument("--save-every", type=positive(int), default=20, help="steps between checkpoints (20)")
     g.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     machine_arguments(p)
+    show_presets(p, TOY, PAPER)
     args = p.parse_args()
     check_gpus(p, args)
+    if args.group == 1:
+        p.error("--group 1: a roll-out alone has nothing to be compared with")
     args.variant = args.variant or "grpo"
     if not re.fullmatch(r"\w+", args.variant) or args.variant in ("slm", "llm", "warmup", "eval"):
         p.error(f"--variant {args.variant}: a name of letters and digits, and none that the run uses otherwise")
@@ -353,10 +379,9 @@ def last_checkpoint(out, settings):
     step, folder, there = (state.get(key) for key in ("step", "folder", "settings"))
     if type(step) is not int or folder != f"checkpoint-{step}" or not isinstance(there, dict):
         raise ValueError(f"{out / 'checkpoint.json'}: not a checkpoint of this program")
-    for key in sorted({*there, *settings}):
-        if there.get(key) != settings.get(key):
-            raise ValueError(f"{out}: its checkpoint was made with {key} {there.get(key)}, not "
-                             f"{settings.get(key)}; resume with the same settings, or choose another --run")
+    if difference := differing(there, settings):
+        raise ValueError(f"{out}: its checkpoint was made with {difference}; resume with the same settings, or choose "
+                         "another --run")
     return step, out / folder
 
 
@@ -426,14 +451,11 @@ def watch(history):
 
 
 def held_out_check(questions, policy, llm, tokenizer, args):
-    """Accuracy, rho and call rate on questions that neither training nor eval.py uses; None where there are none."""
+    """How the relay does at temperature 0.7 on questions that neither training nor eval.py uses; {} without any."""
     if not questions:
         return {}
     rollouts = write_answers(policy, llm, tokenizer, questions, args, "check", temperature=0.7)
-    right = sum(correct(q, r, tokenizer) for q, r in zip(questions, rollouts))
-    return dict(eval_accuracy=right / len(questions),
-                eval_call_rate=sum(any(r.by_llm) for r in rollouts) / len(questions),
-                eval_rho=sum(sum(r.by_llm) for r in rollouts) / sum(len(r.tokens) for r in rollouts))
+    return dict(zip(("eval_accuracy", "eval_call_rate", "eval_rho"), shares(questions, rollouts, tokenizer)))
 
 
 def earlier_metrics(file, done):
@@ -462,7 +484,7 @@ def train(done, questions, held_out, policy, reference, llm, tokenizer, optimize
             args.signals.calm = world()[1] == 1
             metrics, groups = train_step(step + 1, batch, policy, reference, llm, tokenizer, optimizer, known, args)
             step += 1
-            bad = bad + metrics["skipped"] if metrics["skipped"] == args.updates else metrics["skipped"]
+            bad = bad + metrics["skipped"] if metrics["skipped"] == args.updates else 0
             if bad >= 5:
                 raise ValueError(f"{bad} updates in a row had a gradient that is not finite; the last checkpoint "
                                  f"is kept in {args.run / args.variant}; try a smaller --lr")
@@ -506,6 +528,8 @@ def main():
     device, frozen = machine(args, run.toy)
     join_processes(device)
     rank, size = world()
+    if size > 1 and args.batch_scenarios:
+        raise ValueError("--batch-scenarios looks at all roll-outs of a step at once: use one process")
     if size > args.questions_per_step:
         raise ValueError(f"{args.questions_per_step} questions a step for {size} processes; give --questions-per-step")
     if device == "cpu":
@@ -517,7 +541,7 @@ def main():
     if folder:
         load_optimizer(optimizer, folder / "optimizer.pt")
     questions, held_out = training_questions(args, run.toy, "grpo", args.pool, args.eval_questions)
-    questions = filter_questions(questions, llm, tokenizer, args)
+    questions = filter_questions(questions, llm, tokenizer, args, run.path / "filter.json")
     if not questions:
         raise ValueError("the LLM solves none of the questions; give easier ones, or --filter-samples 0")
 
@@ -535,6 +559,8 @@ def main():
         if rank == 0:
             with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
+                file.flush()
+                os.fsync(file.fileno())                    # as a checkpoint is, which must not be ahead of it
         return history
 
     args.signals = Signals()
@@ -543,6 +569,7 @@ def main():
     if step < args.steps:
         if step > last_checkpoint(out, chosen)[0]:         # one that is there is not written again, and endangered
             keep(step)
+        wait_for_all()                                     # who leaves first has the others killed
         sys.exit(f"grpo.py: stopped after step {step}; go on with --resume")
     if rank == 0:
         save(policy, out, source)

@@ -37,7 +37,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import INSTRUCTION, Tokenizer, grade, toy_questions
+from data import INSTRUCTION, Tokenizer, grade, load_questions, toy_questions
 from model import Cache, forget, load, prepack, read_json, write_beside
 
 COMMAND = re.compile(rb"<call>([0-9]{1,9})</call>")   # ten digits or more are no command, but text
@@ -422,8 +422,15 @@ def correct(question, rollout, tokenizer):
     return grade(text, question.answer)
 
 
+def shares(questions, rollouts, tokenizer):
+    """(accuracy, call rate, rho) of some answers: shares of right ones, of those with a call, of tokens by the LLM."""
+    n, tokens = max(1, len(rollouts)), max(1, sum(len(r.tokens) for r in rollouts))
+    return (sum(correct(q, r, tokenizer) for q, r in zip(questions, rollouts)) / n,
+            sum(any(r.by_llm) for r in rollouts) / n, sum(sum(r.by_llm) for r in rollouts) / tokens)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# What all scripts share on the command line
+# What all scripts share on the command line (skip it on a first reading)
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -441,15 +448,15 @@ def positive(kind):
     return number
 
 
-def at_least_zero(text):
+def at_least_zero(kind):
     """An argparse type: 0 or more."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise ValueError
-    return value
-
-
-at_least_zero.__name__ = "number of 0 or more"
+    def number(text):
+        value = kind(text)
+        if not 0 <= value < float("inf"):
+            raise ValueError
+        return value
+    number.__name__ = "number of 0 or more"
+    return number
 
 
 def parser(description, example):
@@ -459,10 +466,12 @@ def parser(description, example):
     g.add_argument("--run", type=Path, default=Path("runs/toy"), help="where everything of a run lies (runs/toy)")
     g.add_argument("--slm", type=Path, metavar="DIR", help="the small model's directory (noted in the run)")
     g.add_argument("--llm", type=Path, metavar="DIR", help="the large model's directory (likewise)")
-    g.add_argument("--questions", type=Path, metavar="FILE", help="questions, .jsonl or .json (default: the toy's)")
+    g.add_argument("--questions", type=lambda text: Path(text).resolve(), metavar="FILE",
+                   help="questions, .jsonl or .json (default: the toy's)")
     g.add_argument("--limit", type=positive(int), metavar="N", help="at most N questions")
-    g.add_argument("--seed", type=int, default=1, help="for sampling, initialization and order (1)")
-    g.add_argument("--temperature", type=at_least_zero, metavar="T", help="the SLM's sampling temperature; 0 is greedy")
+    g.add_argument("--seed", type=at_least_zero(int), default=1, help="for sampling, initialization and order (1)")
+    g.add_argument("--temperature", type=at_least_zero(float), metavar="T",
+                   help="the SLM's sampling temperature; 0 is greedy")
     g.add_argument("--max-new-tokens", type=positive(int), metavar="N", help="budget of a response, in tokens")
     g = p.add_argument_group("on which machine")
     g.add_argument("--batch", type=positive(int), default=256, metavar="ROWS", help="roll-outs decoded at once (256)")
@@ -472,11 +481,25 @@ def parser(description, example):
     return p
 
 
+def show_presets(p, toy, paper):
+    """Say in --help what flags are where they are not given: the toy's run, and one that began with real models."""
+    for action in p._actions:
+        if action.dest in toy:
+            action.help += f" (toy {toy[action.dest]}, paper {paper.get(action.dest, 'all')})"
+
+
 def fill_in(args, preset):
     """Flags that were not given take the preset's values: the toy's, or with real models the paper's."""
     for key, value in preset.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
+
+
+def differing(there, settings):
+    """The first setting in which two stages differ, as text; None if none."""
+    for key in sorted({*there, *settings}):
+        if there.get(key) != settings.get(key):
+            return f"{key} {there.get(key)}, not {settings.get(key)}"
 
 
 class Run:
@@ -495,10 +518,8 @@ class Run:
         there = self.info["stages"].get(stage)
         if there is None:
             return False
-        for key in sorted({*there, *settings}):
-            if there.get(key) != settings.get(key):
-                raise ValueError(f"{self.path} holds a finished {stage} with {key} {there.get(key)}, not "
-                                 f"{settings.get(key)}; choose another --run")
+        if difference := differing(there, settings):
+            raise ValueError(f"{self.path} holds a finished {stage} with {difference}; choose another --run")
         return True
 
     def finish(self, stage, settings):
@@ -601,26 +622,28 @@ def main():
     p.add_argument("--interactive", action="store_true", help="ask for questions, a line each, until the input ends")
     args = p.parse_args()
     run = Run(args.run)
+    toy = run.toy and args.slm is None
     if args.slm is None and "warmup" not in run.info["stages"]:
         raise ValueError(f"{run.path} holds no trained model; run: python warmup.py --run {run.path}, or give --slm, "
                          "--llm")
-    fill_in(args, dict(temperature=0.7, max_new_tokens=96 if run.toy else 2048))
+    fill_in(args, dict(temperature=0.7, max_new_tokens=96 if toy else 2048))
     trained = next((s for s in ("grpo", "warmup") if s in run.info["stages"]), None)
-    device, dtype = machine(args, run.toy)
+    device, dtype = machine(args, toy)
     slm, llm, tokenizer = load_pair(args.slm or run.path / trained, args.llm or run.directory("llm"), device, dtype)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     if args.interactive:
         questions = iter(lambda: input("question> " if sys.stdin.isatty() else ""), None)
+    elif args.questions:
+        questions = [q.text.removesuffix(f"\n{INSTRUCTION}") for q in load_questions(args.questions, args.limit)]
     elif args.question is not None:
         questions = [args.question]
     else:
-        toy = toy_questions("eval", random.Random(args.seed), rare=1.0)
-        questions = [next(toy).text if run.toy else sys.stdin.read()]
+        questions = [next(toy_questions("eval", random.Random(args.seed), rare=1.0)).text if toy else sys.stdin.read()]
     try:
         for text in questions:
             if text.strip():
                 print(text)
-                show(text if run.toy else f"{text}\n{INSTRUCTION}", slm, llm, tokenizer, args, colour)
+                show(text if toy else f"{text}\n{INSTRUCTION}", slm, llm, tokenizer, args, colour)
             elif not args.interactive:
                 raise ValueError("the question is empty")
     except EOFError:

@@ -8,7 +8,7 @@ result. Because the answers are its own, right or wrong, what it knows does not 
 
 With no --slm and --llm the pair is the toy's, and stage 0 trains it here from scratch, a process and a core each. What
 both stages need stands first: several processes that train one model, log-probabilities of chosen tokens,
-micro-batches, one optimizer step.
+micro-batches, one optimizer step. On a first reading take token_logprobs() and supervised_step() of it, then stage 1.
 """
 import argparse
 import itertools
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -32,8 +33,8 @@ from tqdm import tqdm
 
 from data import Tokenizer, load_questions, save_toy_tokenizer, split_of, toy_questions, with_asides
 from model import Grid, Transformer, parse_config, save
-from relay import (Run, command, correct, entropy, fill_in, load_pair, log_softmax, machine, parser, positive, relay,
-                   run_script, small_models)
+from relay import (Run, command, entropy, fill_in, load_pair, log_softmax, machine, parser, positive, relay, run_script,
+                   shares, show_presets, small_models)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared by both stages: data parallel training. N processes run the same script; each holds both models and takes every
@@ -79,7 +80,9 @@ def join_processes(device):
     """Meet the other processes. Only the first one prints."""
     rank, size = world()
     if size > 1:
-        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)      # what gather() sends goes over the current one
+        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=7))
         if rank > 0:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
@@ -117,18 +120,21 @@ def machine_arguments(p):
     p.add_argument("--gpus", type=positive(int), default=1, help="processes, one a GPU (1); or start with torchrun")
     p.add_argument("--micro-tokens", type=positive(int), help="tokens that pass the model at once")
     p.add_argument("--checkpointing", action=argparse.BooleanOptionalAction,
-                   help="compute layers again in the backward pass: slower, smaller (toy no, paper yes)")
+                   help="compute layers again in the backward pass: slower, smaller")
 
 
 def check_gpus(p, args):
     there = torch.cuda.device_count()
     if args.device == "auto" and 0 < there < args.gpus:
         p.error(f"--gpus {args.gpus}: this machine has {there}")
+    if args.device.startswith("cuda") and args.gpus > 1:
+        p.error(f"--gpus {args.gpus} takes the GPUs in order; leave out --device {args.device}")
 
 
 def settings(args):
     """What run.json keeps of a stage's arguments: all that can change its result."""
-    how = ("run", "resume", "gpus", "device", "batch", "micro_tokens", "checkpointing", "save_every")
+    how = ("run", "resume", "gpus", "device", "batch", "micro_tokens", "checkpointing", "save_every", "check",
+           "eval_every", "eval_questions")
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in how and v is not None}
 
 
@@ -136,20 +142,24 @@ def progress_bar(*args, **options):
     return tqdm(*args, dynamic_ncols=True, disable=world()[0] > 0, **options)
 
 
-def write_answers(slm, llm, tokenizer, questions, args, label, **options):
-    """relay() over questions with the script's settings and a progress bar; each process writes its share."""
+def write_answers(slm, llm, tokenizer, questions, args, label, keep=lambda question, rollout: rollout, **options):
+    """relay() over questions with the script's settings and a progress bar; each process writes its share.
+
+    Returns what keep(question, rollout) makes of each, which is all that is sent to the other processes.
+    """
     rank, size = world()
     mine = range(rank, len(questions), size)
     prompts = [tokenizer.chat(questions[i].text) for i in mine]
     with progress_bar(total=len(prompts), desc=label, unit="answer", leave=label != "check") as bar:
-        return gather(relay(slm, llm, tokenizer, prompts, progress=bar.update, **{
+        rollouts = relay(slm, llm, tokenizer, prompts, progress=bar.update, **{
             "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "batch": args.batch,
-            "seed": [(args.seed, i) for i in mine], **options}))
+            "seed": [(args.seed, i) for i in mine], **options})
+    return gather([keep(questions[i], rollout) for i, rollout in zip(mine, rollouts)])
 
 
 def training_questions(args, toy, stage, count, checks):
     """(questions to train on, questions for checks on the way): disjoint by a hash of their text, for every seed."""
-    rng = random.Random(f"{stage} {args.seed}")
+    rng, count = random.Random(f"{stage} {args.seed}"), min(count, args.limit or count)
     if toy and args.questions is None:
         return (list(itertools.islice(toy_questions("train", rng, unseen=False), count)),
                 list(itertools.islice(toy_questions("held_out", rng), checks)))
@@ -158,6 +168,8 @@ def training_questions(args, toy, stage, count, checks):
     questions = load_questions(args.questions, args.limit)
     rng.shuffle(questions)
     held_out = [q for q in questions if split_of(q.text) == "held_out"]
+    if len(held_out) == len(questions):
+        raise ValueError(f"{args.questions}: nothing is left to train on (a tenth is held out by a hash of the text)")
     return [q for q in questions if split_of(q.text) != "held_out"][:count], held_out[:checks]
 
 
@@ -174,7 +186,7 @@ class Example:
 
     @property
     def prompt(self):
-        """The shared tokens, without the last of all, which predicts nothing and is never read."""
+        """The shared tokens that are read: all, but for the example's very last token, which predicts nothing."""
         return tuple(self.tokens[:-1][:self.shared])
 
 
@@ -226,8 +238,9 @@ HEAD = 2**26      # logits in memory at once
 def token_logprobs(model, examples, known, temperature=1.0, entropies=False, chunk=None):
     """Log-probabilities of all learned tokens, (n,), example by example, and the entropies there (n,), no gradient.
 
-    Only the positions that predict a learned token pass the output head, `chunk` at a time (default: HEAD logits), and
-    each chunk's logits are computed again in the backward pass: with a vocabulary of 152k a batch's would not fit.
+    Only the positions that predict a learned token pass the output head, `chunk` at a time (default: HEAD logits).
+    Where there are several chunks, each one's logits are computed again in the backward pass: with a vocabulary of 152k
+    a batch's would not fit.
     """
     tokens, grid, at, targets = pack(examples, model.embed.weight.device)
     hidden = F.embedding(at, model.hidden(tokens, grid=grid))                  # (n, hidden)
@@ -357,8 +370,9 @@ def pretrain_pair(run, args):
 # Stage 1: the supervised warm-up
 
 def insert_commands(tokens, tokenizer, rng, max_n):
-    """Zero to three commands at distinct random gaps of an answer, both ends included (RelayLLM, section 4.1).
+    """Zero to three commands at distinct random gaps of an answer (RelayLLM, section 4.1): before each of its tokens.
 
+    The last is its end of text; behind an answer that was cut by the limit there would be nothing left to ask for.
     n = min(d * 10^k, tokens left): d uniform in 1..9, k in 0..3, or less for a smaller max_n. Returns the new ids.
     """
     out, powers = list(tokens), len(str(max_n))
@@ -376,7 +390,7 @@ def warm_up(model, tokenizer, rollouts, args):
     rng = random.Random(f"commands {args.seed}")
     known = torch.tensor(tokenizer.known, device=model.embed.weight.device)
     optimizer = adamw(model, args.lr)
-    steps = math.ceil(len(rollouts) / args.batch_size) * args.epochs
+    step, steps = 0, math.ceil(len(rollouts) / args.batch_size) * args.epochs
     bar = progress_bar(total=steps, desc="warm-up", unit="step")
     for epoch in range(args.epochs):
         rng.shuffle(rollouts)
@@ -385,9 +399,10 @@ def warm_up(model, tokenizer, rollouts, args):
             for r in rollouts[start:start + args.batch_size]:
                 answer = insert_commands(r.tokens, tokenizer, rng, args.max_n)
                 examples.append(Example(r.prompt + answer, [False] * len(r.prompt) + [True] * len(answer)))
-            ramp = min(1.0, (bar.n + 1) / max(1, 0.03 * steps))            # warm-up ratio 0.03, then linearly to 0
-            loss, _ = supervised_step(model, optimizer, examples, known, args.lr * ramp * (1 - bar.n / steps),
+            ramp = min(1.0, (step + 1) / max(1, 0.03 * steps))             # warm-up ratio 0.03, then linearly to 0
+            loss, _ = supervised_step(model, optimizer, examples, known, args.lr * ramp * (1 - step / steps),
                                       args.micro_tokens)
+            step += 1
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
 
@@ -402,7 +417,7 @@ def arguments():
     p = parser("Stage 1: teach the SLM to write commands (for the toy, first train the pair).",
                "python warmup.py --run runs/real --slm Qwen3-1.7B --llm Qwen3-8B --questions train.jsonl")
     g = p.add_argument_group("the warm-up")
-    g.add_argument("--samples", type=positive(int), help=f"own answers to learn from (toy {TOY['samples']})")
+    g.add_argument("--samples", type=positive(int), help="own answers to learn from")
     g.add_argument("--epochs", type=positive(int), help="passes over them")
     g.add_argument("--lr", type=positive(float), help="peak learning rate")
     g.add_argument("--batch-size", type=positive(int), help="answers an update")
@@ -412,6 +427,7 @@ def arguments():
     g.add_argument("--slm-steps", type=positive(int), default=2200, help="pretraining steps of the SLM")
     g.add_argument("--llm-steps", type=positive(int), default=1000, help="pretraining steps of the LLM")
     machine_arguments(p)
+    show_presets(p, TOY, PAPER)
     args = p.parse_args()
     if (args.slm is None) != (args.llm is None):
         p.error("--slm and --llm go together")
@@ -424,9 +440,7 @@ def arguments():
 
 
 def report(label, questions, rollouts, tokenizer):
-    right = sum(correct(q, r, tokenizer) for q, r in zip(questions, rollouts)) / max(1, len(questions))
-    calls = sum(any(r.by_llm) for r in rollouts) / max(1, len(questions))
-    rho = sum(sum(r.by_llm) for r in rollouts) / max(1, sum(len(r.tokens) for r in rollouts))
+    right, calls, rho = shares(questions, rollouts, tokenizer)
     print(f"{label}: {right:.1%} right, calls in {calls:.0%} of {len(questions)} answers, rho {rho:.1%}")
 
 

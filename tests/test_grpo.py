@@ -23,7 +23,7 @@ from data import Tokenizer, save_toy_tokenizer, toy_questions
 from grpo import advantages, examples_of, k3, last_checkpoint, policy_loss, rewards, save_checkpoint, simple_rewards, update
 from model import Config, Transformer, load, parse_config, save
 from relay import Call, Rollout, command, entropy, log_softmax, relay, small_models
-from warmup import adamw, join_processes, token_logprobs
+from warmup import adamw, join_processes, token_logprobs, warm_up
 
 
 @pytest.fixture(scope="module")
@@ -480,6 +480,14 @@ def made_up_score(questions, groups, tokenizer, args):
     return right, torch.tensor([[any(r.by_llm) for r in group] for group in groups]), reward
 
 
+def warmed_weights(tokenizer):
+    """({}, the weights after warm_up() on answers of many lengths)."""
+    model = tiny("qwen3", 1, vocab_size=len(tokenizer.known))
+    answers = [Rollout([1, 2, 3], list(range(40, 45 + 3 * i))) for i in range(7)]
+    warm_up(model, tokenizer, answers, settings(lr=1e-2, epochs=2, batch_size=3, max_n=9, seed=1))
+    return {}, [p.detach() for p in model.parameters()]
+
+
 CHANGES = [dict(), dict(odd=1), dict(loss="sequence"), dict(llm_tokens_in_loss=True), dict(updates=1)]
 
 
@@ -490,6 +498,7 @@ def all_steps(rank, size, port, out):
     join_processes("cpu")
     grpo.score = made_up_score
     results = [one_step(ByteTokenizer(b"<call>2</call>", b"<call>3</call>b", only=b"abcdef"), c) for c in CHANGES]
+    results.append(warmed_weights(ByteTokenizer()))
     if rank == 0:
         torch.save(results, out)
     if size > 1:
@@ -497,7 +506,10 @@ def all_steps(rank, size, port, out):
 
 
 def test_two_processes_take_the_same_step_as_one(tmp_path, monkeypatch):
-    """Each dividing by its own token count; or (odd=1) the second, with nothing to learn, hanging or making NaN."""
+    """Each dividing by its own token count; or (odd=1) the second, with nothing to learn, hanging or making NaN.
+
+    And the warm-up: its learning rate was counted by a progress bar, which in all processes but the first is off.
+    """
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")                      # put back after the test
     monkeypatch.setattr(grpo, "score", grpo.score)
@@ -507,7 +519,7 @@ def test_two_processes_take_the_same_step_as_one(tmp_path, monkeypatch):
         port = probe.getsockname()[1]
     torch.multiprocessing.spawn(all_steps, (2, port, tmp_path / "2"), nprocs=2)
     alone, together = (torch.load(tmp_path / name, weights_only=True) for name in "12")
-    for (metrics, one), (others, two), changes in zip(alone, together, CHANGES):
+    for (metrics, one), (others, two), changes in zip(alone, together, [*CHANGES, "the warm-up"]):
         for a, b in zip(one, two):
             assert torch.allclose(a, b, rtol=0, atol=1e-9), changes
         for key in set(metrics) - {"sample_seconds", "learn_seconds", "sampler_learner_difference"}:
