@@ -1,5 +1,6 @@
 """The table: intervals, the router that the relay is compared with, the bound."""
 import itertools
+import json
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,8 +10,8 @@ import pytest
 
 import eval as eval_module
 from conftest import ByteTokenizer, tiny
-from data import Question, Tokenizer, save_toy_tokenizer, toy_questions
-from eval import Answers, bound, interval, routers, summary, where_calls_happen
+from data import Question, Tokenizer, load_questions, save_toy_tokenizer, split_of, toy_questions
+from eval import Answers, bound, fit_questions, interval, routers, summary, where_calls_happen
 from relay import Call, Rollout
 
 
@@ -47,6 +48,27 @@ def test_without_a_gap_there_is_nothing_to_close():
     rows = dict(relay=row())
     routers(rows, dict(slm=hits(0.5), llm=hits(0.5), relay=hits(0.7)))
     assert rows["relay"]["gap_closed"] is None and rows["random_router"]["rho"] == 0
+
+
+def test_where_resamples_have_no_gap_the_share_of_it_has_no_interval():
+    """Divided by almost nothing: 7 of 30 against 5 of 30 gave a share of up to some billions of percent."""
+    rows = dict(relay=row())
+    routers(rows, dict(slm=hits(5 / 30, 30), llm=hits(7 / 30, 30)[::-1], relay=hits(6 / 30, 30)))
+    assert rows["relay"]["gap_closed"] == pytest.approx(0.5) and rows["relay"]["gap_closed_ci95"] is None
+
+
+def test_the_token_router_is_fitted_on_questions_that_nobody_trained_on_and_nobody_reports(tmp_path):
+    """On GRPO's own questions the relay is too good, so that the router was fitted to be too dear."""
+    texts = [f"question {i}" for i in range(200)]
+    (tmp_path / "q.jsonl").write_text("\n".join(json.dumps(dict(question=t, answer=1)) for t in texts))
+    run = SimpleNamespace(info=dict(stages=dict(grpo=dict(questions=str(tmp_path / "q.jsonl")))))
+    every = load_questions(tmp_path / "q.jsonl")
+    held_out = [q for q in every if split_of(q.text) == "held_out"]
+    assert len(held_out) > 9
+    assert fit_questions(SimpleNamespace(fit=99), run, held_out[:3]) == held_out[3:]
+    assert fit_questions(SimpleNamespace(fit=2), run, every[:0]) == held_out[:2]
+    with pytest.raises(ValueError, match="--rows"):
+        fit_questions(SimpleNamespace(fit=99), run, every)
 
 
 def test_the_interval_holds_the_mean_and_narrows_with_more_questions():

@@ -453,6 +453,24 @@ def test_a_huge_log_ratio_leaves_the_gradient_finite(advantage):
     assert loss.isfinite().all() and logprobs.grad.isfinite().all()
 
 
+def test_the_filter_keeps_what_the_llm_solves_often_enough_and_asks_it_once(tmp_path, monkeypatch):
+    """170,000 answers of the LLM were written again by every --resume and every variant."""
+    asked = []
+
+    def answers(llm, nobody, tokenizer, questions, args, label, keep, temperature):
+        asked.append(len(questions))
+        return [q.number >= i % args.filter_samples for i, q in enumerate(questions)]
+
+    monkeypatch.setattr(grpo, "write_answers", answers)
+    pool = [SimpleNamespace(text=f"question {i}", number=i - 1) for i in range(6)]      # solved 0, 1, 2, 3, 4, 4 times
+    choose = lambda **changes: [q.number for q in grpo.filter_questions(pool, None, None, settings(**dict(dict(
+        filter_samples=4, pass_rate=0.5, llm=None, seed=1, llm_temperature=0.7, max_new_tokens=9), **changes)),
+        tmp_path / "filter.json")]
+    assert choose() == [1, 2, 3, 4] and choose(pass_rate=0.75) == [2, 3, 4] and asked == [24]
+    assert choose(filter_samples=2) == [0, 1, 2, 3, 4] and asked == [24, 12]
+    assert choose(filter_samples=0) == [-1, 0, 1, 2, 3, 4] and asked == [24, 12]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes, and runs that are killed
 
