@@ -3,8 +3,8 @@
 The SLM writes. When its text contains the command <call>n</call>, the LLM writes the next n tokens of the same answer,
 and the SLM goes on from there (RelayLLM, arXiv 2601.05167, section 3). There is no router: the SLM decides.
 
-    SLM's context:  prompt  ... One costs<call>1</call> 19 coins. So 3 cost ...
-    LLM's context:  prompt  ... One costs               19       (written, and not read: there it reads on, if called)
+    SLM's context:  prompt  ... One costs<call>1</call> 26 coins. So 3 cost ...
+    LLM's context:  prompt  ... One costs               26       (written, and not read: there it reads on, if called)
 
 Three rules make it exact and cheap.
   1. A model reads each token once. For every row it has a KV cache and a list of tokens that it has still to read; one
