@@ -310,7 +310,7 @@ def arguments():
     p = parser("The table: every method on the same fresh questions.", "python eval.py --run runs/toy")
     g = p.add_argument_group("the table")
     g.add_argument("--repeat", type=positive(int), default=1, help="answers to each question (1; the paper's AIME: 32)")
-    g.add_argument("--rows", nargs="+", choices=["warmup", "relay_no_teacher", "fixed", "token_router", *VARIANTS],
+    g.add_argument("--rows", nargs="*", choices=["warmup", "relay_no_teacher", "fixed", "token_router", *VARIANTS],
                    metavar="METHOD", help="beside slm, relay and llm only these (default: all)")
     g.add_argument("--fixed", type=positive(int), nargs="+", metavar="N", help="lengths of the fixed_N rows")
     g.add_argument("--fit", type=positive(int), default=200, help="other questions, to fit the token router on (200)")
@@ -365,7 +365,7 @@ def main():
     paths |= {name: run.path / name for name in variants}
     questions = (list(itertools.islice(toy_questions("eval", random.Random(f"eval {args.seed}")), args.limit)) if toy
                  else load_questions(args.questions, args.limit))
-    routed = not args.rows or "token_router" in args.rows
+    routed = args.rows is None or "token_router" in args.rows
     others = fit_questions(args, run, questions) if routed else []
     slm, llm, tokenizer = load_pair(paths["slm"], paths["llm"], device, dtype)
     held, marks = dict(slm=slm, llm=llm), {}
@@ -398,7 +398,7 @@ def main():
             *((f"fixed_{n}", "relay", "llm", dict(fixed=n)) for n in args.fixed),
             *((name, name, None if name == "grpo_no_call" else "llm", {}) for name in variants)]
     for method, writer, helper, options in plan:
-        if not args.rows or re.sub(r"_\d+", "", method) in ("slm", "relay", "llm", *args.rows):
+        if args.rows is None or re.sub(r"_\d+", "", method) in ("slm", "relay", "llm", *args.rows):
             add(method, writer, helper, **options)
     sweep = {}
     if routed:    # its threshold: on other questions the cheapest that is as accurate as the relay there, or the best

@@ -544,6 +544,10 @@ def main():
     questions = filter_questions(questions, llm, tokenizer, args, run.path / "filter.json")
     if not questions:
         raise ValueError("the LLM solves none of the questions; give easier ones, or --filter-samples 0")
+    if not run.toy:
+        args.prompt_tokens = max(len(tokenizer.chat(q.text)) for q in questions)
+        needed = memory_needed(policy.config, llm.config, args, llm.embed.weight.element_size())
+        print("GiB of memory, about: " + ", ".join(f"{what} {size / 2**30:.1f}" for what, size in needed.items()))
 
     history = []
     if rank == 0:                              # the others write no file

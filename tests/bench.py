@@ -7,8 +7,9 @@
 
 What to read is the ratio: each work and its rival run in turns in one process, each is warmed up first, and the best
 of several short repeats counts (of a decoding run: each step's best, so that steps at which a cache grows count too).
-Rivals: transformers' generate() (these rows need `pip install transformers`), TRL's GRPOTrainer (`pip install trl`), and
-what an engine without one of our techniques would do. A decoding step is timed from token to token, so the reading of
+Rivals: transformers' generate() (these rows need `pip install transformers`), TRL's GRPOTrainer (`pip install trl`),
+and what an engine without one of our techniques would do. A decoding step is timed from token to token, so the reading
+of
 the prompts is no part of it. "bare" is a loop of the model's matrix products and nothing else (same shapes, same
 dtype): what is left of it is the price of all the rest. Numbers go to standard output, progress to standard error.
 """
@@ -416,17 +417,19 @@ def flips(bench):
 # A step of GRPO, beside TRL
 
 def our_steps(folder, questions, group, tokens, steps):
-    """Seconds of (sampling, learning) of each step; half of all answers are called right, so that there is a gradient."""
+    """Seconds of (sampling, learning) of each step; half of all answers count as right, so that there is a gradient."""
     policy, reference, tokenizer = load(folder), load(folder), Tokenizer(folder)
     args = SimpleNamespace(
-        group=group, max_new_tokens=tokens, temperature=1.0, llm_temperature=0.7, batch=256, seed=0, reward="difficulty",
-        updates=1, skip_equal=False, scale_by_std=True, rho_asked=False, batch_scenarios=False, clip_low=0.2, clip_high=0.3,
-        kl=0.01, rate=1e-6, loss="token", llm_tokens_in_loss=False, micro_tokens=3000, signals=SimpleNamespace())
+        group=group, max_new_tokens=tokens, temperature=1.0, llm_temperature=0.7, batch=256, seed=0,
+        reward="difficulty", updates=1, skip_equal=False, scale_by_std=True, rho_asked=False, batch_scenarios=False,
+        clip_low=0.2, clip_high=0.3, kl=0.01, rate=1e-6, loss="token", llm_tokens_in_loss=False, micro_tokens=3000,
+        signals=SimpleNamespace())
     right, grpo.correct = grpo.correct, lambda question, rollout, tokenizer: sum(rollout.tokens) % 2 == 0
     optimizer, known = adamw(policy, 1e-6), torch.tensor(tokenizer.known)
     try:
-        metrics = [grpo.train_step(step, [Question(text, "1") for text in questions], policy, reference, None, tokenizer,
-                                   optimizer, known, args)[0] for step in range(steps)]
+        asked = [Question(text, "1") for text in questions]
+        metrics = [grpo.train_step(step, asked, policy, reference, None, tokenizer, optimizer, known, args)[0]
+                   for step in range(steps)]
     finally:
         grpo.correct = right
     return [(m["sample_seconds"], m["learn_seconds"]) for m in metrics]
@@ -480,13 +483,13 @@ def grpo_row(bench):
             ours = our_steps(path or made, asked, group, tokens, steps)
             theirs = trl_steps(path or made, asked, group, tokens, steps)
         best = min(ours, key=sum)
-        bench.add(f"{work}, {n} x {group} x {tokens}", torch.float32, f"{sum(best):.2f} s", f"{min(theirs):.2f} s", "TRL",
-                  min(theirs) / sum(best))
+        bench.add(f"{work}, {n} x {group} x {tokens}", torch.float32, f"{sum(best):.2f} s", f"{min(theirs):.2f} s",
+                  "TRL", min(theirs) / sum(best))
         bench.notes.append(f"{work}: sampling {best[0]:.2f} s, learning {best[1]:.2f} s")
 
 
-ROWS = dict(grpo=grpo_row, smollm2=smollm2, ragged=ragged, qwen=qwen, toy=toy, relay=relay_row, handoff=handoff, prompt=prompt,
-            memory=memory, flips=flips)
+ROWS = dict(grpo=grpo_row, smollm2=smollm2, ragged=ragged, qwen=qwen, toy=toy, relay=relay_row, handoff=handoff,
+            prompt=prompt, memory=memory, flips=flips)
 
 
 def main():

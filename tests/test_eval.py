@@ -32,7 +32,8 @@ def test_the_papers_own_figures_give_the_papers_cost_reduction():
     assert rows["relay"]["gap_closed"] == pytest.approx(0.604, abs=1e-3)
     assert rows["relay"]["cost_reduction"] == pytest.approx(0.982, abs=1e-3)
     equal = rows["random_router_equal_cost"]
-    assert equal["rho"] == 0.0107 and 0.4952 - equal["accuracy"] == pytest.approx(0.069, abs=1e-3)   # the paper's 6.9 points
+    assert equal["rho"] == 0.0107
+    assert 0.4952 - equal["accuracy"] == pytest.approx(0.069, abs=1e-3)        # the paper's 6.9 points
 
 
 def test_the_interval_of_the_gap_is_paired():
@@ -109,7 +110,8 @@ def writer(tmp_path, monkeypatch):
     slm, llm = (tiny("qwen3", seed, vocab_size=len(tokenizer.known)) for seed in (1, 2))
     ran = []
     real = eval_module.relay
-    monkeypatch.setattr(eval_module, "relay", lambda *args, **options: ran.append(len(args[3])) or real(*args, **options))
+    monkeypatch.setattr(eval_module, "relay",
+                        lambda *args, **options: ran.append(len(args[3])) or real(*args, **options))
 
     def write(marks=("a", "b"), options={}, **changes):
         ran.clear()
@@ -129,7 +131,8 @@ def test_an_answer_is_written_once_and_read_back_as_it_was(writer):
     again, more = writer(**calling)
     assert ran == 6 and more == 0
     for a, b in zip(first, again):
-        assert (a.prompt, a.tokens, a.by_llm, a.calls, a.end, a.cost) == (b.prompt, b.tokens, b.by_llm, b.calls, b.end, b.cost)
+        for key in ("prompt", "tokens", "by_llm", "calls", "end", "cost"):
+            assert getattr(a, key) == getattr(b, key)
     assert any(any(r.by_llm) for r in first) and len({tuple(r.tokens) for r in first}) > 2
 
 
@@ -154,9 +157,11 @@ def test_where_calls_happen_is_counted_by_the_words_before_them():
     """Commands of their own must not count as words."""
     tokenizer = ByteTokenizer()
     text = b"it costs <call>2</call>"
-    r = Rollout([1], list(text) + [49, 49], [False] * len(text) + [True] * 2, calls=[Call(len(text), 2, 2)], end="length")
+    r = Rollout([1], list(text) + [49, 49], [False] * len(text) + [True] * 2, calls=[Call(len(text), 2, 2)],
+                end="length")
     got = where_calls_happen([Question("q", "1", "price")], [r], tokenizer, 1)
-    assert got == dict(with_call=[0.0, 1], without_call=[0.0, 0], before={"it costs": 1}, place={"90%": 1}, asked={"price": {2: 1}})
+    assert got == dict(with_call=[0.0, 1], without_call=[0.0, 0], before={"it costs": 1}, place={"90%": 1},
+                       asked={"price": {2: 1}})
 
 
 def test_the_page_shows_what_a_model_wrote_as_text():
@@ -172,7 +177,8 @@ def test_the_page_shows_what_a_model_wrote_as_text():
 def test_a_picture_is_drawn_where_matplotlib_is_there(tmp_path):
     """A method with rho 0 has no place on a logarithmic axis, an interval may have no width."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    rows = {name: dict(rho=rho, accuracy=a, ci95=[a, a]) for name, rho, a in (("slm", 0.0, 0.5), ("llm", 1.0, 1.0), ("relay", 0.01, 0.9))}
+    points = (("slm", 0.0, 0.5), ("llm", 1.0, 1.0), ("relay", 0.01, 0.9))
+    rows = {name: dict(rho=rho, accuracy=a, ci95=[a, a]) for name, rho, a in points}
     metrics = [dict(step=i, accuracy=0.5, rho=0.1, length=9.0) for i in (1, 2)]
     eval_module.plot(rows, {0.1: dict(rho=0.0, accuracy=0.5)}, metrics, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000

@@ -20,7 +20,8 @@ import torch
 import grpo
 from conftest import ByteTokenizer, tiny
 from data import Tokenizer, save_toy_tokenizer, toy_questions
-from grpo import advantages, examples_of, k3, last_checkpoint, policy_loss, rewards, save_checkpoint, simple_rewards, update
+from grpo import (advantages, examples_of, k3, last_checkpoint, policy_loss, rewards, save_checkpoint, simple_rewards,
+                  update)
 from model import Config, Transformer, load, parse_config, save
 from relay import Call, Rollout, command, entropy, log_softmax, relay, small_models
 from warmup import adamw, join_processes, token_logprobs, warm_up
@@ -46,7 +47,8 @@ def some_rollouts(toy, temperature=1.0):
     known = torch.tensor(tokenizer.known)
     with torch.no_grad():
         first = entropy(log_softmax(policy(torch.tensor([prompts[0]]))[:, -1], known, temperature)).item()
-    out = relay(policy, llm, tokenizer, prompts, max_new_tokens=20, temperature=temperature, seed=3, router=(first, 1e9))
+    out = relay(policy, llm, tokenizer, prompts, max_new_tokens=20, temperature=temperature, seed=3,
+                router=(first, 1e9))
     assert any(any(r.by_llm) for r in out) and not all(all(r.by_llm) for r in out)
     return out
 
@@ -722,7 +724,8 @@ def measure_a_learning_step():
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its own memory from Linux's /proc")
 def test_the_memory_of_a_learning_step_is_what_the_function_says():
     """A table of what fits which GPU is worth nothing when nobody has measured it."""
-    out = subprocess.run([sys.executable, "-c", "import conftest, test_grpo; test_grpo.measure_a_learning_step()"], text=True,
-                         cwd=Path(__file__).parent, capture_output=True, timeout=120)
+    code = "import conftest, test_grpo; test_grpo.measure_a_learning_step()"
+    out = subprocess.run([sys.executable, "-c", code], text=True, cwd=Path(__file__).parent, capture_output=True,
+                         timeout=120)
     measured, said = map(int, out.stdout.split())
     assert measured == pytest.approx(said, rel=0.25), out.stderr

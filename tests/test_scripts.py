@@ -20,7 +20,8 @@ HERE = Path(relay_module.__file__).parent
 
 
 def script(name, *flags):
-    out = subprocess.run([sys.executable, HERE / name, *flags], capture_output=True, text=True, encoding="utf-8", timeout=170)
+    out = subprocess.run([sys.executable, HERE / name, *flags], capture_output=True, text=True, encoding="utf-8",
+                         timeout=170)
     assert out.returncode == 0, out.stderr[-2000:]
     return out.stdout
 
@@ -48,7 +49,8 @@ def test_the_four_scripts_make_a_whole_run(run):
     stages = json.loads((run / "run.json").read_text())["stages"]
     assert set(stages) == {"pretrain slm", "pretrain llm", "warmup", "grpo"}
     metrics = [json.loads(line) for line in (run / "grpo" / "metrics.jsonl").read_text().splitlines()]
-    assert [m["step"] for m in metrics] == [1, 2, 3] and "eval_accuracy" in metrics[1] and "eval_accuracy" not in metrics[0]
+    assert [m["step"] for m in metrics] == [1, 2, 3]
+    assert "eval_accuracy" in metrics[1] and "eval_accuracy" not in metrics[0]
     for name in ("slm", "llm", "warmup", "grpo"):
         assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in (run / name).iterdir()}
     assert not list((run / "grpo").glob("checkpoint*"))
@@ -97,7 +99,8 @@ def fails(monkeypatch, capsys, name, *flags):
 
 @pytest.mark.parametrize("name", ["warmup", "grpo", "eval", "relay"])
 @pytest.mark.parametrize("flags", [["--nonsense"], ["--limit", "0"], ["--limit", "x"], ["--temperature", "hot"],
-                                   ["--temperature", "-1"], ["--temperature", "nan"], ["--dtype", "int8"], ["--batch", "-1"]])
+                                   ["--temperature", "-1"], ["--temperature", "nan"], ["--dtype", "int8"],
+                                   ["--batch", "-1"], ["--seed", "-1"]])
 def test_a_wrong_argument_is_one_line_and_exit_code_2(monkeypatch, capsys, name, flags):
     """Not a traceback, and not half an hour later."""
     code, text = fails(monkeypatch, capsys, name, *flags)
@@ -135,7 +138,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(run, tmp_path):
     """Hours of training ended in a traceback, with half a model where the last whole checkpoint had been."""
     import resource
     copy = shutil.copytree(run[0], tmp_path / "run")
-    command = [sys.executable, HERE / "grpo.py", "--run", copy, "--variant", "again", *GRPO[2:], "--save-every", "1", "--resume"]
+    command = [sys.executable, HERE / "grpo.py", "--run", copy, "--variant", "again", *GRPO[2:], "--save-every", "1",
+               "--resume"]
     first = subprocess.run(command, capture_output=True, text=True, timeout=170, preexec_fn=lambda: (
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))))       # bytes: the model does not fit
     assert first.returncode == 1 and "Traceback" not in first.stderr

@@ -1,4 +1,4 @@
-"""Tests of warmup.py, and of the toy in data.py: commands in answers, batches, log-probabilities, one optimizer step."""
+"""Tests of warmup.py, and of the toy in data.py: commands in answers, batches, log-probabilities, an optimizer step."""
 import itertools
 import os
 import random
@@ -400,7 +400,8 @@ def test_every_word_of_the_toy_with_its_space_is_one_token(tokenizer):
 
 def test_the_toy_tokenizer_gives_back_any_text(tokenizer):
     """What was not in its corpus falls back to bytes."""
-    for text in ("", " ", "Ünïcode 漢字 \n\n\tx", command(1234), "<|im_end|>", *(q.solution for q in some_questions(n=50))):
+    solutions = [q.solution for q in some_questions(n=50)]
+    for text in ("", " ", "Ünïcode 漢字 \n\n\tx", command(1234), "<|im_end|>", *solutions):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.end_id not in tokenizer.encode("<|im_end|>") and all(tokenizer.known)
 
