@@ -9,9 +9,9 @@ What to read is the ratio: each work and its rival run in turns in one process, 
 of several short repeats counts (of a decoding run: each step's best, so that steps at which a cache grows count too).
 Rivals: transformers' generate() (these rows need `pip install transformers`), TRL's GRPOTrainer (`pip install trl`),
 and what an engine without one of our techniques would do. A decoding step is timed from token to token, so the reading
-of
-the prompts is no part of it. "bare" is a loop of the model's matrix products and nothing else (same shapes, same
-dtype): what is left of it is the price of all the rest. Numbers go to standard output, progress to standard error.
+of the prompts is no part of it. "bare" is a loop of the model's matrix products and nothing else (same shapes, same
+dtype, packed as ours): what is left of it is the price of all the rest. Numbers go to standard output, progress to
+standard error.
 """
 import argparse
 import importlib.util
