@@ -279,6 +279,13 @@ class ReSending(Reader):
         super().feed(row, tokens, own)
 
 
+class ReSendingEach(ReSending):
+    """And reads it for each roll-out of a question, as a server without a prefix cache does."""
+
+    def share_prompts(self, new):
+        pass
+
+
 def relay_row(bench):
     """4 questions x 8 roll-outs, three calls of 20 tokens each, contexts of about 1,000 tokens."""
     questions, group, size = bench.size(4, 2), bench.size(8, 2), bench.size(950, 20)
@@ -304,10 +311,11 @@ def relay_row(bench):
 
         # Half a minute and more each: long enough to need no repeats
         relay(slm, llm, Numbers(slm.config.vocab_size), prompts[:2], max_new_tokens=4)
-        mine, rival = play(Reader), play(ReSending)
-        total = len(prompts) * budget
-        bench.add(f"relay, {questions} x {group} roll-outs, {calls} calls", dtype, f"{total / mine:.1f} tokens/s",
-                  f"{total / rival:.1f} tokens/s", "re-sending at each call", rival / mine)
+        mine, total = play(Reader), len(prompts) * budget
+        for reader, name in ((ReSendingEach, "re-sending at each call"), (ReSending, "the same, prompts read once")):
+            rival = play(reader)
+            bench.add(f"relay, {questions} x {group} roll-outs, {calls} calls", dtype, f"{total / mine:.1f} tokens/s",
+                      f"{total / rival:.1f} tokens/s", name, rival / mine)
 
 
 def handoff(bench):
