@@ -226,7 +226,8 @@ def filter_questions(questions, llm, tokenizer, args, file):
         return questions
     asked = [[q.text for q in questions], str(args.llm), n, args.seed, args.llm_temperature, args.max_new_tokens]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-    solved = read_json(file).get(key) if file.exists() else None
+    known = read_json(file) if file.exists() else {}
+    solved = known.get(key)
     wait_for_all()                             # before the first process writes it
     if solved is None:
         many = [q for q in questions for _ in range(n)]
@@ -234,7 +235,7 @@ def filter_questions(questions, llm, tokenizer, args, file):
                               keep=lambda question, rollout: correct(question, rollout, tokenizer))
         solved = [sum(right[i:i + n]) for i in range(0, len(right), n)]
         if world()[0] == 0:
-            write_beside(file, lambda out: out.write(json.dumps({key: solved}).encode()))
+            write_beside(file, lambda out: out.write(json.dumps(known | {key: solved}).encode()))
     kept = [q for q, times in zip(questions, solved) if times >= args.pass_rate * n]
     print(f"filter: the LLM solves {len(kept)} of {len(questions)} questions")
     return kept

@@ -437,26 +437,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists what there is)\n")
 
 
-def positive(kind):
-    """An argparse type: a number above 0."""
+def positive(kind, or_zero=False):
+    """An argparse type: a finite number above 0, or also 0."""
     def number(text):
         value = kind(text)
-        if not 0 < value < float("inf"):
+        if not 0 <= value < float("inf") or value == 0 and not or_zero:
             raise ValueError
         return value
-    number.__name__ = "positive number"       # argparse prints it in its error
+    number.__name__ = "number of 0 or more" if or_zero else "positive number"       # argparse prints it in its error
     return number
 
 
 def at_least_zero(kind):
-    """An argparse type: 0 or more."""
-    def number(text):
-        value = kind(text)
-        if not 0 <= value < float("inf"):
-            raise ValueError
-        return value
-    number.__name__ = "number of 0 or more"
-    return number
+    return positive(kind, or_zero=True)
 
 
 def parser(description, example):

@@ -471,6 +471,7 @@ def test_the_filter_keeps_what_the_llm_solves_often_enough_and_asks_it_once(tmp_
     assert choose() == [1, 2, 3, 4] and choose(pass_rate=0.75) == [2, 3, 4] and asked == [24]
     assert choose(filter_samples=2) == [0, 1, 2, 3, 4] and asked == [24, 12]
     assert choose(filter_samples=0) == [-1, 0, 1, 2, 3, 4] and asked == [24, 12]
+    assert choose() == [1, 2, 3, 4] and asked == [24, 12]                                # both are kept
 
 
 # ---------------------------------------------------------------------------------------------------------------------
