@@ -280,6 +280,23 @@ def test_a_chat_is_what_the_template_renders(tmp_path, name, place):
     assert tokenizer.token_bytes[tokenizer.end_id].decode() == turn
 
 
+@pytest.mark.parametrize("name, family, day", [
+    ("qwen2_5", "qwen", None), ("qwen3", "qwen", None), ("qwen3_instruct_2507", "qwen", None), ("llama3", "llama", None),
+    ("llama3_1", "llama", "26 Jul 2024"), ("llama3_2", "llama", "26 Jul 2024")])
+def test_a_chat_is_what_the_published_template_renders(tmp_path, name, family, day):
+    """The golden formats are our own wording of the published templates. TRL ships these as they are: ask them."""
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    template = (folder / f"{name}.jinja").read_text(encoding="utf-8")
+    ours = Tokenizer(write(tmp_path / "m", family=family, template=template))
+    theirs = pytest.importorskip("transformers").PreTrainedTokenizerFast(
+        tokenizer_file=str(GOLDEN / family / "tokenizer.json"), chat_template=template,
+        bos_token="<|begin_of_text|>" if family == "llama" else None)
+    for text in EXPECTED["chats"]:
+        assert ours.chat(text) == theirs.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False,
+            enable_thinking=False, **({"date_string": day} if day else {})), repr(text)
+
+
 @pytest.mark.parametrize("name", EXPECTED["formats"])
 def test_a_question_cannot_end_its_own_turn(tmp_path, name):
     """The special ids of a chat are those of the format, whatever the user writes."""
