@@ -220,7 +220,8 @@ def where_calls_happen(questions, rollouts, tokenizer, repeat):
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
 
-def table(rows):
+def as_text(rows):
+    """results.json as the table that is printed."""
     head = f"{'method':25}{'accuracy':>9}  {'95% interval':15}{'rho':>7}{'calls':>7}{'n':>6}{'length':>8}{'cut':>6}"
     lines = [head + f"{'parameters':>12}{'seconds':>9}"]
     base = next((row["seconds"] for row in rows if row["method"] == "llm"), 0) or 1
@@ -291,7 +292,7 @@ def page(rows, questions, rollouts, tokenizer, picture):
              "<title>RelayLLM</title><style>body{font:16px/1.5 sans-serif;max-width:60em;margin:auto;padding:1em}"
              "pre{overflow-x:auto;font-size:13px}img{max-width:100%}mark{background:#9e9}p{overflow-wrap:anywhere}"
              "</style>"
-             f"<h1>RelayLLM</h1><pre>{html.escape(table(rows))}</pre>"]
+             f"<h1>RelayLLM</h1><pre>{html.escape(as_text(rows))}</pre>"]
     if picture.exists():
         data = base64.b64encode(picture.read_bytes()).decode()
         parts.append(f"<img alt='accuracy against cost' src='data:image/png;base64,{data}'>")
@@ -349,6 +350,49 @@ def find_variants(args, run, slm):
     return there
 
 
+class Table:
+    """The rows of results.json as they come about: each method answers the same questions."""
+
+    def __init__(self, paths, device, dtype, questions, answers, args):
+        """paths: {name: model directory}, at least slm and llm."""
+        self.paths, self.device, self.questions, self.answers, self.args = paths, device, questions, answers, args
+        slm, llm, self.tokenizer = load_pair(paths["slm"], paths["llm"], device, dtype)
+        self.models, self.marks = dict(slm=slm, llm=llm), {}
+        self.rows, self.right, self.rollouts = {}, {}, {}      # of each method
+
+    def model(self, name):
+        """A model by its name. Beside SLM and LLM one more is in memory, the last that was asked for."""
+        if name not in self.models:
+            for other in self.models.keys() - {"slm", "llm"}:
+                del self.models[other]
+            self.models[name] = load(self.paths[name], self.device)
+        if name not in self.marks:
+            self.marks[name] = fingerprint(self.paths[name])
+        return self.models[name]
+
+    def ask(self, method, writer, helper=None, questions=None, **options):
+        """A method's row. It goes into the table, but for those of other questions than the table's."""
+        asked = questions or self.questions
+        models = self.model(writer), self.model(helper) if helper else None
+        marks = [self.marks[writer], self.marks.get(helper)]
+        rollouts, seconds = self.answers.write(method, *models, marks, self.tokenizer, asked, self.args, **options)
+        row, right = result(method, asked, rollouts, self.tokenizer, self.args, *models, seconds)
+        if questions is None:
+            self.rows[method], self.right[method], self.rollouts[method] = row, right, rollouts
+        return row
+
+    def route(self, others):
+        """The token router. Its threshold, fitted on other questions: the cheapest at which it is as accurate as the
+        relay there, or the most accurate one. Returns its row for each threshold."""
+        sweep = {t: self.ask("token_router", "slm", "llm", others, router=(t, t)) for t in THRESHOLDS}
+        aim = self.ask("relay", "relay", "llm", others)["accuracy"]
+        enough = [t for t in THRESHOLDS if sweep[t]["accuracy"] >= aim]
+        best = (min(enough, key=lambda t: sweep[t]["rho"]) if enough
+                else max(THRESHOLDS, key=lambda t: sweep[t]["accuracy"]))
+        self.ask("token_router", "slm", "llm", router=(best, best))["threshold"] = best
+        return sweep
+
+
 def main():
     args = arguments()
     run = Run(args.run)
@@ -367,31 +411,9 @@ def main():
                  else load_questions(args.questions, args.limit))
     routed = args.rows is None or "token_router" in args.rows
     others = fit_questions(args, run, questions) if routed else []
-    slm, llm, tokenizer = load_pair(paths["slm"], paths["llm"], device, dtype)
-    held, marks = dict(slm=slm, llm=llm), {}
     out = run.path / "eval"
     out.mkdir(parents=True, exist_ok=True)
-    answers, rows, right, kept = Answers(out / "answers.jsonl"), {}, {}, {}
-
-    def model(name):
-        """A model by its name. Beside SLM and LLM one more is in memory, the last that was asked for."""
-        if name not in held:
-            for other in held.keys() - {"slm", "llm"}:
-                del held[other]
-            held[name] = load(paths[name], device)
-        if name not in marks:
-            marks[name] = fingerprint(paths[name])
-        return held[name]
-
-    def add(method, writer, helper=None, asked=questions, **options):
-        """Write a method's answers, and put its row into the table. Returns the row."""
-        models = model(writer), model(helper) if helper else None
-        rollouts, seconds = answers.write(method, *models, [marks[writer], marks.get(helper)], tokenizer, asked, args,
-                                          **options)
-        row, hits = result(method, asked, rollouts, tokenizer, args, *models, seconds)
-        if asked is questions:
-            rows[method], right[method], kept[method] = row, hits, rollouts
-        return row
+    table = Table(paths, device, dtype, questions, Answers(out / "answers.jsonl"), args)
 
     plan = [("slm", "slm", None, {}), ("warmup", "warmup", "llm", {}), ("relay", "relay", "llm", {}),
             ("relay_no_teacher", "relay", None, dict(no_calls=True)), ("llm", "llm", None, {}),
@@ -399,31 +421,25 @@ def main():
             *((name, name, None if name == "grpo_no_call" else "llm", {}) for name in variants)]
     for method, writer, helper, options in plan:
         if args.rows is None or re.sub(r"_\d+", "", method) in ("slm", "relay", "llm", *args.rows):
-            add(method, writer, helper, **options)
-    sweep = {}
-    if routed:    # its threshold: on other questions the cheapest that is as accurate as the relay there, or the best
-        sweep = {t: add("token_router", "slm", "llm", others, router=(t, t)) for t in THRESHOLDS}
-        aim = add("relay", "relay", "llm", others)["accuracy"]
-        enough = [t for t in THRESHOLDS if sweep[t]["accuracy"] >= aim]
-        best = (min(enough, key=lambda t: sweep[t]["rho"]) if enough
-                else max(THRESHOLDS, key=lambda t: sweep[t]["accuracy"]))
-        add("token_router", "slm", "llm", router=(best, best))["threshold"] = best
+            table.ask(method, writer, helper, **options)
+    sweep = table.route(others) if routed else {}
+    rows, right, relayed = table.rows, table.right, table.rollouts["relay"]
     routers(rows, right)
 
     analysis = dict(relay_minus={name: difference(rows, right, name) for name in right if name != "relay"},
-                    calls=where_calls_happen(questions, kept["relay"], tokenizer, args.repeat),
+                    calls=where_calls_happen(questions, relayed, table.tokenizer, args.repeat),
                     token_router={str(t): dict(accuracy=row["accuracy"], rho=row["rho"]) for t, row in sweep.items()})
     if toy:
-        analysis["bound_rho"] = bound(questions, tokenizer)
+        analysis["bound_rho"] = bound(questions, table.tokenizer)
     for name, content in (("analysis.json", analysis), ("results.json", list(rows.values()))):
         write_beside(out / name, lambda file: file.write(json.dumps(content, indent=2).encode() + b"\n"))
-    print(table(rows.values()))
+    print(as_text(rows.values()))
     tell(rows["relay"], analysis)
     if args.plot:
         lines = (run.path / "grpo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         plot(rows, sweep, [json.loads(line) for line in lines], out / "plot.png")
     if args.html:
-        text = page(list(rows.values()), questions, kept["relay"][::args.repeat], tokenizer, out / "plot.png")
+        text = page(list(rows.values()), questions, relayed[::args.repeat], table.tokenizer, out / "plot.png")
         write_beside(out / "index.html", lambda file: file.write(text.encode()))
     print(f"wrote {out / 'results.json'}; next: python relay.py --run {run.path}")
 
