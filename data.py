@@ -219,7 +219,7 @@ class Tokenizer:
             found = self._cache.get(piece)
             if found is None:
                 found = self._merge(piece.encode())
-                if len(piece) < 100 and len(self._cache) < 100_000:
+                if len(piece) < 100 and len(self._cache) < 100_000:    # some tens of megabytes at most
                     self._cache[piece] = found
             ids += found
         return ids
@@ -508,6 +508,8 @@ def load_questions(path, limit=None):
     Read as published: GSM8K, MATH-500, Minerva, OlympiadBench, AIME, DAPO-Math-17k, MMLU-Pro; and anything with a
     question/problem/prompt and an answer. ValueError names the file and the line (in a .json list: the entry).
     """
+    if Path(path).suffix == ".parquet":
+        raise ValueError(f"{path}: parquet is not read; write it out as .jsonl first (pandas: to_json, lines=True)")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
@@ -859,6 +861,7 @@ class Formula:
 
 
 def power(base, exponent):
+    """Exact for whole exponents, as long as the result has at most 4,096 bits; else a complex number."""
     exact = isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1
     if exact and abs(exponent) * max(base.numerator.bit_length(), base.denominator.bit_length()) <= 4096:
         return base ** int(exponent)
@@ -866,6 +869,7 @@ def power(base, exponent):
 
 
 def factorial(value):
+    """Exact for whole numbers up to 300; else by the gamma function, which may overflow."""
     if isinstance(value, Fraction) and value.denominator == 1 and 0 <= value <= 300:
         return Fraction(math.factorial(int(value)))
     return math.gamma(complex(value).real + 1)

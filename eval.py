@@ -1,6 +1,6 @@
 """Chapter 6. The paper's table: is it the learning, or just the help?
 
-Every method answers the same questions, which no stage of training has seen:
+Every method answers the same questions, which no stage of training should have seen (the toy's never have):
 
     slm                the untouched small model, alone
     warmup             after stage 1, with the LLM: it can call, but has not learned when
@@ -37,8 +37,8 @@ import numpy as np
 from data import load_questions, split_of, toy_questions
 from grpo import parameters
 from model import load, weight_files, write_beside
-from relay import (COMMAND, Call, Rollout, Run, command, correct, fill_in, load_pair, machine, parser, positive, relay,
-                   run_script, show_presets)
+from relay import (COMMAND, Call, Rollout, Run, WrongArguments, command, correct, fill_in, load_pair, machine, parser,
+                   positive, relay, run_script, show_presets)
 from warmup import progress_bar
 
 TOY = dict(temperature=0.7, max_new_tokens=96, limit=1000, fixed=[1, 4, 9])
@@ -71,14 +71,16 @@ class Answers:
 
     def __init__(self, path):
         self.path, self.known = path, {}
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    record = json.loads(line)
-                    self.known[record["key"]] = record
-                except (ValueError, KeyError, TypeError):
-                    with open(path, "a", encoding="utf-8") as file:
-                        file.write("\n")          # half a line, of an evaluation that was killed
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        for line in text.splitlines():
+            try:
+                record = json.loads(line)
+                self.known[record["key"]] = record
+            except (ValueError, KeyError, TypeError):
+                pass                              # half a line, of an evaluation that was killed
+        if text and not text.endswith("\n"):
+            with open(path, "a", encoding="utf-8") as file:
+                file.write("\n")
 
     def write(self, method, writer, helper, marks, tokenizer, questions, args, **options):
         """Roll-outs and seconds of `questions`, each args.repeat times. writer, helper: models; marks: fingerprints."""
@@ -223,7 +225,7 @@ def where_calls_happen(questions, rollouts, tokenizer, repeat):
 def as_text(rows):
     """results.json as the table that is printed."""
     head = f"{'method':25}{'accuracy':>9}  {'95% interval':15}{'rho':>7}{'calls':>7}{'n':>6}{'length':>8}{'cut':>6}"
-    lines = [head + f"{'parameters':>12}{'seconds':>9}"]
+    lines = [head + f"{'parameters':>12}{'time':>9}"]
     base = next((row["seconds"] for row in rows if row["method"] == "llm"), 0) or 1
     for row in rows:
         low, high = row["ci95"]
@@ -238,6 +240,7 @@ def as_text(rows):
 
 
 def figures(part):
+    """The columns calls, n, length and cut of a row, or of its questions of one kind."""
     asked = f"{part['asked']:.1f}" if part["asked"] else "-"
     return f"{part['call_rate']:7.0%}{asked:>6}{part['length']:8.1f}{part['cut']:6.1%}"
 
@@ -250,11 +253,12 @@ def tell(relay, analysis):
         print(f"the relay closes {relay['gap_closed']:.1%} ({ends}) of the gap with {relay['rho']:.2%} of the tokens, "
               f"{reduction} below the accuracy-matched random router")
     calls = analysis["calls"]
-    for name in ("with_call", "without_call"):
+    for name in ("with_call", "without_call") if calls["asked"] else ():
         print("{}: {:.1%} of {} answers are right".format(name.replace("_", " a "), *calls[name]))
     for kind, counts in calls["asked"].items():
         print(f"n asked, {kind}: " + ", ".join(f"{n} {count}x" for n, count in counts.items()))
-    print("before its calls stands: " + ", ".join(f"{text!r} {n}x" for text, n in calls["before"].items()))
+    if calls["before"]:
+        print("before its calls stands: " + ", ".join(f"{text!r} {n}x" for text, n in calls["before"].items()))
     if "bound_rho" in analysis:
         print(f"bound: calls exactly on the unknown facts would cost rho {analysis['bound_rho']:.2%}")
 
@@ -310,12 +314,13 @@ def page(rows, questions, rollouts, tokenizer, picture):
 def arguments():
     p = parser("The table: every method on the same fresh questions.", "python eval.py --run runs/toy")
     g = p.add_argument_group("the table")
-    g.add_argument("--repeat", type=positive(int), default=1, help="answers to each question (1; the paper's AIME: 32)")
+    g.add_argument("--repeat", type=positive(int), default=1,
+                   help="answers to each question, at a --temperature above 0 (1; the paper's AIME: 32)")
     g.add_argument("--rows", nargs="*", choices=["warmup", "relay_no_teacher", "fixed", "token_router", *VARIANTS],
                    metavar="METHOD", help="beside slm, relay and llm only these (default: all)")
     g.add_argument("--fixed", type=positive(int), nargs="+", metavar="N", help="lengths of the fixed_N rows")
     g.add_argument("--fit", type=positive(int), default=200, help="other questions, to fit the token router on (200)")
-    g.add_argument("--all", action="store_true", help="also the ablations that grpo.py --variant has put into the run")
+    g.add_argument("--all", action="store_true", help="also what grpo.py --variant has put into the run")
     g.add_argument("--plot", action="store_true", help="draw RUN/eval/plot.png (needs matplotlib)")
     g.add_argument("--html", action="store_true", help="write RUN/eval/index.html: table, picture, roll-outs")
     show_presets(p, TOY, PAPER)
@@ -338,16 +343,17 @@ def fit_questions(args, run, questions):
 
 
 def find_variants(args, run, slm):
-    """The ablations that are in the run. Says how to make those that are not."""
-    stage, there = run.info["stages"]["grpo"], []
+    """{name: its settings} of the models of grpo.py --variant that are asked for. Says how to make what is missing."""
+    stages = run.info["stages"]
+    there = {name: stage for name, stage in stages.items()
+             if name not in ("warmup", "grpo") and not name.startswith("pretrain") and run.has(name)}
+    grpo = stages["grpo"]
+    same = f"--seed {grpo['seed']}" + (f" --questions {grpo['questions']}" if "questions" in grpo else "")
     for name, flags in VARIANTS.items():
-        if name in run.info["stages"] and (args.all or name in (args.rows or ())):
-            there.append(name)
-        elif args.all:
-            same = f"--seed {stage['seed']}" + (f" --questions {stage['questions']}" if "questions" in stage else "")
+        if name not in there and (args.all or name in (args.rows or ())):
             print(f"{name} is missing; make it, with what other flags grpo had: python grpo.py --run {run.path} "
                   f"--variant {name} {same} {flags.format(slm=slm)}")
-    return there
+    return there if args.all else {name: stage for name, stage in there.items() if name in (args.rows or ())}
 
 
 class Table:
@@ -396,12 +402,16 @@ class Table:
 def main():
     args = arguments()
     run = Run(args.run)
-    if "grpo" not in run.info["stages"]:
+    if not run.has("grpo"):
         raise ValueError(f"{run.path} holds no finished GRPO stage; run: python grpo.py --run {run.path}")
     toy = run.toy and args.questions is None
     if not toy and args.questions is None:
-        raise ValueError("real models need --questions FILE")
+        raise WrongArguments("real models need --questions FILE")
     fill_in(args, TOY if run.toy else PAPER)
+    if args.repeat > 1 and args.temperature == 0:
+        raise WrongArguments(f"--repeat {args.repeat}: at temperature 0 all answers are the same; give --temperature")
+    if args.questions and str(args.questions) == run.info["stages"]["grpo"].get("questions"):
+        print("warning: these are the questions of training")
     device, dtype = machine(args, run.toy)
     paths = dict(slm=args.slm or run.directory("slm"), llm=args.llm or run.directory("llm"),
                  warmup=run.path / "warmup", relay=run.path / "grpo")
@@ -418,9 +428,9 @@ def main():
     plan = [("slm", "slm", None, {}), ("warmup", "warmup", "llm", {}), ("relay", "relay", "llm", {}),
             ("relay_no_teacher", "relay", None, dict(no_calls=True)), ("llm", "llm", None, {}),
             *((f"fixed_{n}", "relay", "llm", dict(fixed=n)) for n in args.fixed),
-            *((name, name, None if name == "grpo_no_call" else "llm", {}) for name in variants)]
+            *((name, name, None if stage.get("no_teacher") else "llm", {}) for name, stage in variants.items())]
     for method, writer, helper, options in plan:
-        if args.rows is None or re.sub(r"_\d+", "", method) in ("slm", "relay", "llm", *args.rows):
+        if args.rows is None or re.sub(r"_\d+", "", method) in ("slm", "relay", "llm", *args.rows, *variants):
             table.ask(method, writer, helper, **options)
     sweep = table.route(others) if routed else {}
     rows, right, relayed = table.rows, table.right, table.rollouts["relay"]

@@ -26,8 +26,8 @@ import torch
 from tqdm import tqdm
 
 from model import Transformer, load, read_json, save, write_beside
-from relay import (Run, at_least_zero, correct, differing, fill_in, load_pair, machine, parser, positive, relay,
-                   run_script, shares, show_presets)
+from relay import (Run, WrongArguments, at_least_zero, correct, differing, fill_in, load_pair, machine, parser,
+                   positive, relay, run_script, shares, show_presets)
 from warmup import (HEAD, Example, adamw, add_up, apply_gradient, check_gpus, hear_signals, join_processes,
                     machine_arguments, micro_batches, progress_bar, settings, start_processes, token_logprobs,
                     training_questions, wait_for_all, world, write_answers)
@@ -211,9 +211,20 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
     metrics |= {name: total / count if count else None for name, total, count in zip(parts, added, added)}
     norms = [s["norm"] for s in sums]
     metrics |= dict(grad_norm=max(norms), skipped=sum(not math.isfinite(norm) for norm in norms),
-                    sampler_learner_difference=sums[0]["drift"], lr=args.rate,
+                    sampler_learner_difference=next((s["drift"] for s in sums if s["tokens"]), 0.0), lr=args.rate,
                     sample_seconds=sampled - start, learn_seconds=time.perf_counter() - sampled)
     return metrics, groups
+
+
+PROMPT = 4096     # tokens of a question at most (the paper's training)
+
+
+def short(questions, tokenizer):
+    """Those with a prompt of at most PROMPT tokens."""
+    kept = [q for q in questions if len(tokenizer.chat(q.text)) <= PROMPT]
+    if longer := len(questions) - len(kept):
+        print(f"left out: {longer} of {len(questions)} questions, whose prompts have over {PROMPT} tokens")
+    return kept
 
 
 def filter_questions(questions, llm, tokenizer, args, file):
@@ -245,6 +256,7 @@ def filter_questions(questions, llm, tokenizer, args, file):
 # What it needs
 
 def parameters(config):
+    """How many numbers a model of this Config learns."""
     with torch.device("meta"):
         return sum(p.numel() for p in Transformer(config).parameters())
 
@@ -315,10 +327,10 @@ def arguments():
     g.add_argument("--group", type=positive(int), help="roll-outs of each question, G")
     g.add_argument("--lr", type=positive(float), help="learning rate; the toy's falls to 0")
     g.add_argument("--kl", type=at_least_zero(float), default=0.01,
-                   help="weight of the KL to the warmed-up model (0.01)")
+                   help="weight of the KL to the warmed-up model (0.01; GRPO, arXiv 2402.03300)")
     g.add_argument("--reward", choices=["difficulty", "simple"], default="difficulty",
                    help="RelayLLM's difficulty-aware reward, or accuracy - rho")
-    g.add_argument("--updates", type=positive(int), help="updates for each batch of roll-outs")
+    g.add_argument("--updates", type=positive(int), help="updates for each batch of roll-outs (PPO)")
     g.add_argument("--clip-low", type=at_least_zero(float), default=0.2,
                    help="PPO's clip below 1 (0.2; arXiv 1707.06347)")
     g.add_argument("--clip-high", type=at_least_zero(float), default=0.3,
@@ -329,26 +341,28 @@ def arguments():
                    help="do not divide advantages by the group's std (Dr. GRPO, arXiv 2503.20783)")
     g.add_argument("--llm-temperature", type=at_least_zero(float), default=0.7,
                    help="the LLM's, inside a call (0.7)")
-    g = p.add_argument_group("questions that the LLM can solve")
+    g = p.add_argument_group("questions that the LLM can solve (RelayLLM, section 5)")
     g.add_argument("--pool", type=positive(int), help="questions before the filter")
     g.add_argument("--filter-samples", type=at_least_zero(int), help="the LLM's answers to each, 0: no filter")
-    g.add_argument("--pass-rate", type=at_least_zero(float), default=0.5,
+    g.add_argument("--pass-rate", type=at_least_zero(float), default=0.5, metavar="SHARE",
                    help="keep questions that the LLM solves at least this often (0.5)")
     g = p.add_argument_group("comparisons and ablations")
     g.add_argument("--no-teacher", action="store_true", help="plain GRPO: nobody to call")
     g.add_argument("--llm-tokens-in-loss", action="store_true", help="ablation: learn the LLM's tokens too")
     g.add_argument("--batch-scenarios", action="store_true", help="ablation: scenarios of the whole batch")
     g.add_argument("--rho-asked", action="store_true", help="ablation: rho from n, not from what was delivered")
-    g.add_argument("--variant", metavar="NAME", help="write into RUN/NAME, beside RUN/grpo, for eval.py --all")
+    g.add_argument("--variant", metavar="NAME", help="write into RUN/NAME, beside RUN/grpo, for a row of eval.py --all")
     g = p.add_argument_group("on the way")
     g.add_argument("--eval-every", type=at_least_zero(int), help="steps between checks on held-out questions, 0: none")
     g.add_argument("--eval-questions", type=positive(int), default=128, help="questions of a check (128)")
     g.add_argument("--save-every", type=positive(int), default=20, help="steps between checkpoints (20)")
     g.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     machine_arguments(p)
-    show_presets(p, TOY, PAPER)
+    show_presets(p, TOY, PAPER, temperature="; the checks on the way are at 0.7")
     args = p.parse_args()
     check_gpus(p, args)
+    if args.pass_rate > 1:
+        p.error(f"--pass-rate {args.pass_rate}: a share, 0 to 1")
     if args.group == 1:
         p.error("--group 1: a roll-out alone has nothing to be compared with")
     args.variant = args.variant or "grpo"
@@ -361,10 +375,15 @@ def arguments():
 # Checkpoints: a new directory each, made good by replacing one small file last
 
 def save_checkpoint(out, step, policy, optimizer, source, settings):
+    """Write the state after `step`, then make it the one to go on from, then delete the one before."""
     folder = out / f"checkpoint-{step}"
     shutil.rmtree(folder, ignore_errors=True)          # half of one, from a run that was killed
     save(policy, folder, source)
-    write_beside(folder / "optimizer.pt", lambda file: torch.save(optimizer.state_dict(), file))
+    try:
+        write_beside(folder / "optimizer.pt", lambda file: torch.save(optimizer.state_dict(), file))
+    except RuntimeError as error:                      # how torch.save() says that the disk is full
+        raise ValueError(f"{folder}: cannot be written ({str(error).splitlines()[0]}); the checkpoint before it is "
+                         "kept") from None
     state = dict(step=step, folder=folder.name, settings=settings)
     write_beside(out / "checkpoint.json", lambda file: file.write(json.dumps(state, indent=2).encode()))
     for old in out.glob("checkpoint-*"):
@@ -421,6 +440,7 @@ def pick(questions, i, seed):
 
 @lru_cache(maxsize=2)     # shuffled once a pass, not once a question
 def epoch_order(n, seed, epoch):
+    """The order of a pass over n questions."""
     order = list(range(n))
     random.Random(f"order {seed} {epoch}").shuffle(order)
     return order
@@ -452,7 +472,7 @@ def watch(history):
 
 
 def held_out_check(questions, policy, llm, tokenizer, args):
-    """How the relay does at temperature 0.7 on questions that neither training nor eval.py uses; {} without any."""
+    """How the relay does at temperature 0.7 on questions that are neither learned from nor reported; {} without any."""
     if not questions:
         return {}
     rollouts = write_answers(policy, llm, tokenizer, questions, args, "check", temperature=0.7)
@@ -464,8 +484,12 @@ def earlier_metrics(file, done):
     lines = file.read_text(encoding="utf-8").splitlines()[:done] if done else []
     if len(lines) < done:
         raise ValueError(f"{file} has {len(lines)} of the checkpoint's {done} steps")
+    try:
+        history = [json.loads(line) for line in lines]
+    except ValueError:
+        raise ValueError(f"{file} is damaged: a line before step {done} is no JSON") from None
     write_beside(file, lambda out: out.write("".join(f"{line}\n" for line in lines).encode()))
-    return [json.loads(line) for line in lines]
+    return history
 
 
 def train(done, questions, held_out, policy, reference, llm, tokenizer, optimizer, keep, log, args):
@@ -485,10 +509,6 @@ def train(done, questions, held_out, policy, reference, llm, tokenizer, optimize
             args.signals.calm = world()[1] == 1
             metrics, groups = train_step(step + 1, batch, policy, reference, llm, tokenizer, optimizer, known, args)
             step += 1
-            bad = bad + metrics["skipped"] if metrics["skipped"] == args.updates else 0
-            if bad >= 5:
-                raise ValueError(f"{bad} updates in a row had a gradient that is not finite; the last checkpoint "
-                                 f"is kept in {args.run / args.variant}; try a smaller --lr")
             if args.eval_every and step % args.eval_every == 0:
                 metrics |= held_out_check(held_out, policy, llm, tokenizer, args)
             history = log({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()})
@@ -502,6 +522,10 @@ def train(done, questions, held_out, policy, reference, llm, tokenizer, optimize
             if warning and warning != told:
                 tqdm.write(warning)
                 told = warning
+            bad = bad + 1 if metrics["skipped"] == args.updates else 0
+            if bad == 5:                       # the policy is that of the last step that was taken
+                raise ValueError("5 steps in a row had no finite gradient; what was saved before is kept, and --resume "
+                                 "goes on from there; try a smaller --lr in a new run")
             if step % args.save_every == 0 and step < args.steps:
                 keep(step)
     except KeyboardInterrupt:                  # while sampling: the policy is still that of the last whole step
@@ -513,11 +537,11 @@ def train(done, questions, held_out, policy, reference, llm, tokenizer, optimize
 def main():
     args = arguments()
     run = Run(args.run)
-    if "warmup" not in run.info["stages"]:
+    if not run.has("warmup"):
         raise ValueError(f"{run.path} holds no warm-up yet; run: python warmup.py --run {run.path}")
     fill_in(args, TOY if run.toy else PAPER)
     out, source, chosen = run.path / args.variant, args.slm or run.path / "warmup", settings(args)
-    if args.variant in run.info["stages"]:
+    if run.has(args.variant):
         if args.resume:
             print(f"{out} is finished; next: python eval.py --run {run.path}")
             return
@@ -525,23 +549,24 @@ def main():
     if not args.resume and (out / "checkpoint.json").exists():
         raise ValueError(f"{out} holds an unfinished training; go on with --resume, or delete it")
     done, folder = last_checkpoint(out, chosen)
+    size = max(args.gpus, world()[1])
+    if size > 1 and args.batch_scenarios:
+        raise WrongArguments("--batch-scenarios looks at all roll-outs of a step at once: use one process")
+    if size > args.questions_per_step:
+        raise WrongArguments(f"--questions-per-step {args.questions_per_step}: too few for {size} processes")
+    run.open()
+    questions, held_out = training_questions(args, run.toy, "grpo", args.pool, args.eval_questions)
     start_processes(args.gpus)
     device, frozen = machine(args, run.toy)
     join_processes(device)
-    rank, size = world()
-    if size > 1 and args.batch_scenarios:
-        raise ValueError("--batch-scenarios looks at all roll-outs of a step at once: use one process")
-    if size > args.questions_per_step:
-        raise ValueError(f"{args.questions_per_step} questions a step for {size} processes; give --questions-per-step")
-    if device == "cpu":
-        print(f"no GPU is used: running on the CPU, {size} process{'es' if size > 1 else ''}")
+    rank, _ = world()
     policy, llm, tokenizer = load_pair(folder or source, args.llm or run.directory("llm"), device, frozen)
     policy.checkpointing = args.checkpointing
     reference = load(source, device)
     optimizer = adamw(policy, args.lr)
     if folder:
         load_optimizer(optimizer, folder / "optimizer.pt")
-    questions, held_out = training_questions(args, run.toy, "grpo", args.pool, args.eval_questions)
+    questions, held_out = short(questions, tokenizer), short(held_out, tokenizer)
     questions = filter_questions(questions, llm, tokenizer, args, run.path / "filter.json")
     if not questions:
         raise ValueError("the LLM solves none of the questions; give easier ones, or --filter-samples 0")
@@ -575,7 +600,7 @@ def main():
         if step > last_checkpoint(out, chosen)[0]:         # one that is there is not written again, and endangered
             keep(step)
         wait_for_all()                                     # who leaves first has the others killed
-        sys.exit(f"grpo.py: stopped after step {step}; go on with --resume")
+        sys.exit(f"grpo.py: stopped after step {step}; go on with --resume" if rank == 0 else 1)
     if rank == 0:
         save(policy, out, source)
         run.finish(args.variant, chosen)
@@ -585,7 +610,7 @@ def main():
     tokens = sum(m["length"] for m in history[-(step - done):]) * args.questions_per_step * args.group
     rate = lambda key: tokens / max(1e-9, sum(m[key] for m in history[-(step - done):]))
     print(f"sampled {rate('sample_seconds'):,.0f} tokens/s, learned {rate('learn_seconds'):,.0f} tokens/s")
-    print(f"wrote {out}; next: python eval.py --run {run.path}")
+    print(f"wrote {out}; next: python eval.py --run {run.path}" + " --all" * (args.variant != "grpo"))
 
 
 if __name__ == "__main__":

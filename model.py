@@ -125,6 +125,7 @@ def prepack(model, free=False):
 
 
 def forget(weights):
+    """Drop the packed copies of these weights."""
     for weight in weights:
         del weight.packed
 
@@ -167,6 +168,7 @@ class Layer(nn.Module):
         return x + linear(self.down, F.silu(gate) * up)
 
     def attention(self, x, cos, sin, past, grid):
+        """Causal attention of the normed x, (B, T, hidden) or (N, hidden), to heads * head_dim numbers a token."""
         c, qkv = self.config, linear(self.qkv, x)
         if grid is not None:
             qkv = F.embedding(grid.take, qkv)                                  # (N, ...) to (B, T, ...)
@@ -201,6 +203,8 @@ class Grid(NamedTuple):
 
 
 class Transformer(nn.Module):
+    """The whole model: embedding, layers, final norm, output head. Calling it is forward(): tokens to logits."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -556,6 +560,13 @@ def as_bytes(tensor):
     return tensor.reshape(-1).view(torch.uint8)
 
 
+def read_config(path):
+    """The Config of a model directory; ValueError for what is no such directory, or of a family we cannot run."""
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such directory")
+    return parse_config(read_json(path / "config.json"), path / "config.json")
+
+
 def load(path, device="cpu", dtype=torch.float32):
     """The model of a directory with config.json and safetensors weights, on `device` in `dtype`.
 
@@ -563,10 +574,7 @@ def load(path, device="cpu", dtype=torch.float32):
     mapped file, so the memory needed is that of the finished model.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise ValueError(f"{path}: no such directory")
-    config = parse_config(read_json(path / "config.json"), path / "config.json")
-    found = {}
+    config, found = read_config(path), {}
     for file in weight_files(path):
         for name, tensor in read_safetensors(file).items():
             if name in found:

@@ -26,7 +26,9 @@ import json
 import os
 import random
 import re
+import select
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -38,7 +40,7 @@ import numpy as np
 import torch
 
 from data import INSTRUCTION, Tokenizer, grade, load_questions, toy_questions
-from model import Cache, forget, load, prepack, read_json, write_beside
+from model import Cache, forget, load, prepack, read_config, read_json, write_beside
 
 COMMAND = re.compile(rb"<call>([0-9]{1,9})</call>")   # ten digits or more are no command, but text
 LONGEST = len(b"<call></call>") + 9                   # bytes
@@ -432,6 +434,10 @@ def shares(questions, rollouts, tokenizer):
 # ---------------------------------------------------------------------------------------------------------------------
 # What all scripts share on the command line (skip it on a first reading)
 
+class WrongArguments(ValueError):
+    """Arguments that do not go together: exit code 2, where other faults have 1."""
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists what there is)\n")
@@ -457,8 +463,8 @@ def parser(description, example):
     p = Parser(usage=f"{example}\n\n{description}", formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("what")
     g.add_argument("--run", type=Path, default=Path("runs/toy"), help="where everything of a run lies (runs/toy)")
-    g.add_argument("--slm", type=Path, metavar="DIR", help="the small model's directory (noted in the run)")
-    g.add_argument("--llm", type=Path, metavar="DIR", help="the large model's directory (likewise)")
+    g.add_argument("--slm", type=Path, metavar="DIR", help="the small model's directory, instead of the run's own")
+    g.add_argument("--llm", type=Path, metavar="DIR", help="the large model's directory, instead of the run's own")
     g.add_argument("--questions", type=lambda text: Path(text).resolve(), metavar="FILE",
                    help="questions, .jsonl or .json (default: the toy's)")
     g.add_argument("--limit", type=positive(int), metavar="N", help="at most N questions")
@@ -470,15 +476,19 @@ def parser(description, example):
     g.add_argument("--batch", type=positive(int), default=256, metavar="ROWS", help="roll-outs decoded at once (256)")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
     g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-                   help="of models that are not trained (auto: bfloat16 where the hardware has it)")
+                   help="of the LLM (auto: bfloat16 where the hardware has it); the SLM is in float32")
     return p
 
 
-def show_presets(p, toy, paper):
-    """Say in --help what flags are where they are not given: the toy's run, and one that began with real models."""
+def show_presets(p, toy, real, **more):
+    """Say in --help what flags are where they are not given: the toy's run, and one that began with real models.
+
+    more: what else is to be said of a flag in this script.
+    """
     for action in p._actions:
+        action.help += more.get(action.dest, "")
         if action.dest in toy:
-            action.help += f" (toy {toy[action.dest]}, paper {paper.get(action.dest, 'all')})"
+            action.help += f" (toy {toy[action.dest]}, real models {real.get(action.dest, 'all')})"
 
 
 def fill_in(args, preset):
@@ -501,6 +511,17 @@ class Run:
     def __init__(self, path):
         self.path, self.file = Path(path), Path(path) / "run.json"
         self.info = read_json(self.file) if self.file.exists() else {"stages": {}}
+        if not isinstance(self.info.get("stages"), dict):
+            raise ValueError(f"{self.file}: not a file of this program (no stages in it)")
+
+    def has(self, stage):
+        """Is this stage finished, and its directory still there?"""
+        return stage in self.info["stages"] and (self.path / stage.removeprefix("pretrain ")).is_dir()
+
+    def open(self):
+        """Make the directory. Fails now, and not after hours of work, where nothing can be written."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=self.path).close()
 
     def directory(self, name):
         """Where "slm" or "llm" lies: as given to warmup.py, or (the toy's) inside the run."""
@@ -508,18 +529,17 @@ class Run:
 
     def finished(self, stage, settings):
         """Is this stage there, with these settings? One with others is not overwritten: ValueError."""
-        there = self.info["stages"].get(stage)
-        if there is None:
+        if not self.has(stage):
             return False
-        if difference := differing(there, settings):
+        if difference := differing(self.info["stages"][stage], settings):
             raise ValueError(f"{self.path} holds a finished {stage} with {difference}; choose another --run")
         return True
 
     def finish(self, stage, settings):
+        """Note in run.json that this stage is there, made with these settings."""
         if self.file.exists():                            # another script may have finished a stage meanwhile
             self.info["stages"] = read_json(self.file)["stages"]
         self.info["stages"][stage] = settings
-        self.path.mkdir(parents=True, exist_ok=True)
         write_beside(self.file, lambda file: file.write(json.dumps(self.info, indent=2).encode() + b"\n"))
 
     @property
@@ -540,12 +560,13 @@ def small_models():
 
 
 def machine(args, toy=False):
-    """(device, dtype of frozen models) that --device and --dtype ask for."""
+    """(device, dtype of the LLM) that --device and --dtype ask for."""
     if toy:
         small_models()
     device = args.device
     if device == "auto":
-        device = "mps" if torch.backends.mps.is_available() else "cpu"
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"             # processes cannot share a Mac's GPU
+        device = "mps" if torch.backends.mps.is_available() and alone else "cpu"
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else device
     try:
         torch.empty(1, device=device)
@@ -559,6 +580,8 @@ def machine(args, toy=False):
 
 def load_pair(slm_path, llm_path, device, dtype):
     """(SLM in float32, LLM in `dtype`, their tokenizer). A pair that does not read the same tokens is refused."""
+    for path in (slm_path, llm_path):
+        read_config(path)                                            # before the tokenizer: it names the model type
     tokenizer, other = Tokenizer(slm_path), Tokenizer(llm_path)
     if difference := tokenizer.difference(other):
         raise ValueError(f"{slm_path} and {llm_path} do not have the same tokenizer: {difference}")
@@ -572,20 +595,27 @@ def load_pair(slm_path, llm_path, device, dtype):
 
 def run_script(main):
     """Run a script's main(): a user's mistake or bad data ends in one line, never in a traceback."""
+    name = Path(sys.argv[0]).name
     try:
         main()
+    except WrongArguments as error:
+        Parser(prog=name).error(str(error))
     except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")           # exit code 1
+        sys.exit(f"{name}: {error}")                                 # exit code 1
     except OSError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error.filename or 'file system'}: {error.strerror or error}")
+        sys.exit(f"{name}: {error.filename or 'file system'}: {error.strerror or error}")
     except KeyboardInterrupt:
-        sys.exit(f"{Path(sys.argv[0]).name}: stopped; what earlier stages wrote is kept")
+        sys.exit(f"{name}: stopped; what earlier stages wrote is kept")
+    except (MemoryError, RuntimeError) as error:                     # torch has an error of its own for GPUs alone
+        if not re.search("out of memory|not enough memory|can't allocate memory", f"{error!r} {error}", re.I):
+            raise
+        sys.exit(f"{name}: out of memory; try a smaller --batch (sampling) or --micro-tokens (learning)")
 
 
 def show(text, slm, llm, tokenizer, args, colour):
     """Print one relay as it is written, the LLM's tokens in colour or in brackets, and then what it cost."""
     marks = ("\033[92m", "\033[0m") if colour else ("[", "]")
-    decoders = {by_llm: codecs.getincrementaldecoder("utf-8")("replace") for by_llm in (False, True)}
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")    # shows a character of several bytes when it is whole
     last = False
 
     def show_token(row, token, by_llm):
@@ -593,14 +623,14 @@ def show(text, slm, llm, tokenizer, args, colour):
         if by_llm != last:
             print(marks[0] if by_llm else marks[1], end="")
         last = by_llm
-        if token not in tokenizer.end_ids:        # a character of several bytes is shown when it is whole
-            print(decoders[by_llm].decode(tokenizer.token_bytes[token]), end="", flush=True)
+        if token not in tokenizer.end_ids:
+            print(decoder.decode(tokenizer.token_bytes[token]), end="", flush=True)
 
     start = time.perf_counter()
     rollout, = relay(slm, llm, tokenizer, [tokenizer.chat(text)], seed=args.seed, on_token=show_token,
                      max_new_tokens=args.max_new_tokens, temperature=args.temperature)
     seconds, cost = time.perf_counter() - start, rollout.cost
-    print(marks[1] if last else "")
+    print(decoder.decode(b"", final=True) + (marks[1] if last else ""))
     again = sum(len(rollout.prompt) + call.position for call in rollout.calls if call.delivered)
     calls = f"{len(rollout.calls)} call{'s' * (len(rollout.calls) != 1)}"
     print(f"{len(rollout.tokens)} tokens, {sum(rollout.by_llm)} by the LLM (rho {rollout.rho:.1%}) in {calls}; "
@@ -608,19 +638,35 @@ def show(text, slm, llm, tokenizer, args, colour):
           f"(sending the whole context at each call: about {again})")
 
 
+TOY = dict(temperature=0.7, max_new_tokens=96)
+REAL = dict(temperature=0.7, max_new_tokens=2048)
+
+
+def piped(wait):
+    """The text on standard input, "" if none is piped in. wait=False: only if it is there already."""
+    try:
+        there = not sys.stdin.isatty() and (wait or select.select([sys.stdin], [], [], 0)[0])
+        return sys.stdin.read() if there else ""
+    except (OSError, ValueError):              # Windows, where one cannot look without waiting
+        return ""
+
+
 def main():
     p = parser("Show one relay: the LLM's tokens in colour, or in [brackets] when the output is no terminal.",
                'python relay.py "Dan buys 3 lutes and a basket for 2 coins. How many coins does Dan pay?"')
     p.add_argument("question", nargs="?", help="default: one of the toy's; with real models: standard input")
     p.add_argument("--interactive", action="store_true", help="ask for questions, a line each, until the input ends")
+    show_presets(p, TOY, REAL)
     args = p.parse_args()
     run = Run(args.run)
     toy = run.toy and args.slm is None
-    if args.slm is None and "warmup" not in run.info["stages"]:
+    if args.slm is None and not run.has("warmup"):
         raise ValueError(f"{run.path} holds no trained model; run: python warmup.py --run {run.path}, or give --slm, "
                          "--llm")
-    fill_in(args, dict(temperature=0.7, max_new_tokens=96 if toy else 2048))
-    trained = next((s for s in ("grpo", "warmup") if s in run.info["stages"]), None)
+    if args.slm and not args.llm and not run.info["stages"]:
+        p.error("--slm and --llm go together")
+    fill_in(args, TOY if toy else REAL)
+    trained = "grpo" if run.has("grpo") else "warmup"
     device, dtype = machine(args, toy)
     slm, llm, tokenizer = load_pair(args.slm or run.path / trained, args.llm or run.directory("llm"), device, dtype)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -631,14 +677,21 @@ def main():
     elif args.question is not None:
         questions = [args.question]
     else:
-        questions = [next(toy_questions("eval", random.Random(args.seed), rare=1.0)).text if toy else sys.stdin.read()]
+        example = next(toy_questions("eval", random.Random(args.seed), rare=1.0)).text
+        questions = [piped(wait=not toy) or (example if toy else "")]
     try:
         for text in questions:
             if text.strip():
-                print(text)
-                show(text if toy else f"{text}\n{INSTRUCTION}", slm, llm, tokenizer, args, colour)
+                try:
+                    if not args.interactive or not sys.stdin.isatty():       # else it has just been typed
+                        print(text)
+                    show(text if toy else f"{text}\n{INSTRUCTION}", slm, llm, tokenizer, args, colour)
+                except ValueError as error:                                  # too long, say: the next one may be fine
+                    if not args.interactive:
+                        raise
+                    print(error)
             elif not args.interactive:
-                raise ValueError("the question is empty")
+                raise ValueError("there is no question; give one as an argument, or pipe it in")
     except EOFError:
         pass
 

@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from data import Tokenizer, load_questions, save_toy_tokenizer, split_of, toy_questions, with_asides
 from model import Grid, Transformer, parse_config, save
-from relay import (Run, command, entropy, fill_in, load_pair, log_softmax, machine, parser, positive, relay, run_script,
-                   shares, show_presets, small_models)
+from relay import (Run, WrongArguments, command, entropy, fill_in, load_pair, log_softmax, machine, parser, positive,
+                   relay, run_script, shares, show_presets, small_models)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared by both stages: data parallel training. N processes run the same script; each holds both models and takes every
@@ -79,6 +79,8 @@ def hear_signals(handler):
 def join_processes(device):
     """Meet the other processes. Only the first one prints."""
     rank, size = world()
+    if device == "cpu" and rank == 0:
+        print(f"no GPU is used: running on the CPU, {size} process{'es' if size > 1 else ''}")
     if size > 1:
         if device.startswith("cuda"):
             torch.cuda.set_device(device)      # what gather() sends goes over the current one
@@ -124,6 +126,7 @@ def machine_arguments(p):
 
 
 def check_gpus(p, args):
+    """More GPUs than there are, or one that is named for several processes: exit code 2."""
     there = torch.cuda.device_count()
     if args.device == "auto" and 0 < there < args.gpus:
         p.error(f"--gpus {args.gpus}: this machine has {there}")
@@ -158,13 +161,16 @@ def write_answers(slm, llm, tokenizer, questions, args, label, keep=lambda quest
 
 
 def training_questions(args, toy, stage, count, checks):
-    """(questions to train on, questions for checks on the way): disjoint by a hash of their text, for every seed."""
+    """(questions to train on, questions for checks on the way): disjoint by a hash of their text, for every seed.
+
+    They are read before the models, so that a wrong file is found at once.
+    """
     rng, count = random.Random(f"{stage} {args.seed}"), min(count, args.limit or count)
     if toy and args.questions is None:
         return (list(itertools.islice(toy_questions("train", rng, unseen=False), count)),
                 list(itertools.islice(toy_questions("held_out", rng), checks)))
     if args.questions is None:
-        raise ValueError("real models need --questions FILE")
+        raise WrongArguments("real models need --questions FILE")
     questions = load_questions(args.questions, args.limit)
     rng.shuffle(questions)
     held_out = [q for q in questions if split_of(q.text) == "held_out"]
@@ -256,6 +262,7 @@ def token_logprobs(model, examples, known, temperature=1.0, entropies=False, chu
 
 
 def adamw(model, lr, weight_decay=0.01):
+    """The paper's optimizer; lr is set anew at each step (apply_gradient)."""
     return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay)
 
 
@@ -424,10 +431,10 @@ def arguments():
     g.add_argument("--max-n", type=positive(int), help="longest call that is shown")
     g.add_argument("--check", type=positive(int), default=500, help="questions asked before and after (500)")
     g = p.add_argument_group("the toy's pretraining")
-    g.add_argument("--slm-steps", type=positive(int), default=2200, help="pretraining steps of the SLM")
-    g.add_argument("--llm-steps", type=positive(int), default=1000, help="pretraining steps of the LLM")
+    g.add_argument("--slm-steps", type=positive(int), default=2200, help="pretraining steps of the SLM (2200)")
+    g.add_argument("--llm-steps", type=positive(int), default=1000, help="pretraining steps of the LLM (1000)")
     machine_arguments(p)
-    show_presets(p, TOY, PAPER)
+    show_presets(p, TOY, PAPER, temperature="; of the checks: what is learned from is sampled at 1")
     args = p.parse_args()
     if (args.slm is None) != (args.llm is None):
         p.error("--slm and --llm go together")
@@ -450,6 +457,8 @@ def main():
     if run.finished("warmup", settings(args)):
         print(f"{run.path / 'warmup'} is finished; next: python grpo.py --run {run.path}")
         return
+    run.open()
+    pool, check = training_questions(args, args.toy, "warmup", args.samples, args.check)
     start_processes(args.gpus)
     device, frozen = machine(args, args.toy)
     join_processes(device)
@@ -461,7 +470,6 @@ def main():
     run.info["toy"] = args.toy
     wait_for_all()
     slm, llm, tokenizer = load_pair(run.directory("slm"), run.directory("llm"), device, frozen)
-    pool, check = training_questions(args, args.toy, "warmup", args.samples, args.check)
     start = time.perf_counter()
     own = write_answers(slm, None, tokenizer, pool, args, "sample", temperature=1.0)
     print(f"sampled {sum(len(r.tokens) for r in own) / (time.perf_counter() - start):,.0f} tokens/s")
