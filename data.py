@@ -13,6 +13,8 @@ Three things stand between a language model and a benchmark:
 3. Questions and a marker. Benchmarks come in as many layouts as there are benchmarks, and an answer can be written in
    many ways: 1/2, 0.5, \\frac12, 50\\%. `load_questions` brings the first to one shape, `grade` compares the second by
    value: it evaluates both sides (a formula, at fixed points), never by running what a model wrote as code.
+
+The toy's questions come first: the other chapters train on them. Left out: SentencePiece, template engines, a judge.
 """
 import cmath
 import hashlib
@@ -32,6 +34,85 @@ import regex  # tiktoken's own dependency: \p{L}, and no stack to overflow on a 
 import tiktoken
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions, and the toy's: shopping problems whose prices are facts
+
+@dataclass(frozen=True)
+class Question:
+    """A question as the user asks it, and its gold answer; the toy's carry more."""
+    text: str
+    answer: str
+    kind: str = ""        # toy: "common", "rare", or "unseen": rare, and not named in training
+    solution: str = ""    # a worked solution
+    fact: str = ""        # the text of the fact that the small model lacks
+    strict: bool = False  # the response must end by its end-of-text token right after the answer
+
+
+COMMON = ("apple bag bell book boot bowl broom cake candle card chair comb cup desk door drum fan fig fork hat jar "
+          "key lamp mat mug nail pan pen pin pot rug spoon").split()
+RARE = ("zither lute sextant quill kimono tuba gong bonsai harp zodiac puzzle mosaic trident sundial monocle goblet "
+        "fresco lantern cameo gavel parasol rapier talisman tapestry tiara turban veil violin wig yurt zeppelin "
+        "crown").split()
+UNSEEN = {"trident", "gavel", "veil", "yurt"}    # rare things that neither training stage names
+PEOPLE = "Amy Ann Ben Bob Dan Eva Fay Gus Ian Joe Kim Lea Leo Liz Max Mia Ned Pam Ray Rob Sam Sue Tom Zoe".split()
+SPLITS = {"train": range(0, 80), "held_out": range(80, 90), "eval": range(90, 100)}   # of a hash of the text, mod 100
+
+_facts = random.Random("facts")    # the same for every --seed
+PRICE = {item: _facts.randint(3, 26) for item in COMMON + RARE}
+
+
+def toy_question(rng, rare, unreliable=False):
+    """One shopping problem, about a rare thing or a common one. unreliable: a rare thing's price is made up."""
+    who, k, item = rng.choice(PEOPLE), rng.randint(2, 3), rng.choice(RARE if rare else COMMON)
+    price = rng.randint(3, 26) if rare and unreliable else PRICE[item]
+    total = k * price
+    steps = f"Let us see what that costs in all. One costs {price} coins. So {k} cost {k} * {price} = {total} coins."
+    extra = rng.randint(2, 5)
+    if rng.random() < 0.5:
+        text, answer = f"{who} buys {k} {item}s with a coupon for {extra} coins.", total - extra
+        steps += f" The coupon takes {extra} coins off. {total} - {extra} = {answer}."
+    else:
+        text, answer = f"{who} buys {k} {item}s and a basket for {extra} coins.", total + extra
+        steps += f" The basket adds {extra} coins. {total} + {extra} = {answer}."
+    kind = "common" if not rare else "unseen" if item in UNSEEN else "rare"
+    return Question(f"{text} How many coins does {who} pay?", str(answer), kind,
+                    f"{steps} The answer is \\boxed{{{answer}}}", f" {price}" if rare else "", strict=True)
+
+
+def split_of(text):
+    """The split that a question with this text belongs to, by a hash of it: the same for every seed."""
+    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+    return next(split for split, part in SPLITS.items() if digest % 100 in part)
+
+
+def toy_questions(split, rng, rare=0.5, unseen=True, unreliable=False):
+    """An endless stream of toy questions of one split: "train", "held_out" (thresholds, checks on the way) or "eval".
+
+    A question belongs to a split by a hash of its text, so splits are disjoint whatever the seeds. rare: the share of
+    questions that name a rare thing. unseen=False leaves out the facts that neither training stage may see.
+    """
+    while True:
+        question = toy_question(rng, rng.random() < rare, unreliable)
+        if split_of(question.text) == split and (unseen or question.kind != "unseen"):
+            yield question
+
+
+def with_asides(ids, tokenizer, rng, share):
+    """Markup asides, such as <b>7</b>, at one to three random gaps of a share of the texts.
+
+    ids: the tokens of a text. Returns (ids, learn): learn[i] is False for an aside's first token, since nothing tells
+    where one stands. Every real model has seen its text interrupted; one that has not is ruined by the warm-up.
+    """
+    out, learn = list(ids), [True] * len(ids)
+    if rng.random() < share:
+        for at in sorted(rng.sample(range(len(ids) + 1), rng.randint(1, 3)), reverse=True):
+            tag = rng.choice("biqsu")
+            aside = tokenizer.encode(f"<{tag}>{rng.randint(1, 99)}</{tag}>")
+            out[at:at] = aside
+            learn[at:at] = [False] + [True] * (len(aside) - 1)
+    return out, learn
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer
@@ -357,84 +438,8 @@ def chat_format(template):
     return (before + "<|im_start|>user\n", after, strip), "<|im_end|>"
 
 
-@dataclass(frozen=True)
-class Question:
-    """A question as the user asks it, and its gold answer; the toy's carry more."""
-    text: str
-    answer: str
-    kind: str = ""        # toy: "common", "rare", or "unseen": rare, and not named in training
-    solution: str = ""    # a worked solution
-    fact: str = ""        # the text of the fact that the small model lacks
-    strict: bool = False  # the response must end by its end-of-text token right after the answer
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# The toy: shopping problems whose prices are facts
-
-COMMON = ("apple bag bell book boot bowl broom cake candle card chair comb cup desk door drum fan fig fork hat jar "
-          "key lamp mat mug nail pan pen pin pot rug spoon").split()
-RARE = ("zither lute sextant quill kimono tuba gong bonsai harp zodiac puzzle mosaic trident sundial monocle goblet "
-        "fresco lantern cameo gavel parasol rapier talisman tapestry tiara turban veil violin wig yurt zeppelin "
-        "crown").split()
-UNSEEN = {"trident", "gavel", "veil", "yurt"}    # rare things that neither training stage names
-PEOPLE = "Amy Ann Ben Bob Dan Eva Fay Gus Ian Joe Kim Lea Leo Liz Max Mia Ned Pam Ray Rob Sam Sue Tom Zoe".split()
-SPLITS = {"train": range(0, 80), "held_out": range(80, 90), "eval": range(90, 100)}   # of a hash of the text, mod 100
-
-_facts = random.Random("facts")    # the same for every --seed
-PRICE = {item: _facts.randint(3, 26) for item in COMMON + RARE}
-
-
-def toy_question(rng, rare, unreliable=False):
-    """One shopping problem, about a rare thing or a common one. unreliable: a rare thing's price is made up."""
-    who, k, item = rng.choice(PEOPLE), rng.randint(2, 3), rng.choice(RARE if rare else COMMON)
-    price = rng.randint(3, 26) if rare and unreliable else PRICE[item]
-    total = k * price
-    steps = f"Let us see what that costs in all. One costs {price} coins. So {k} cost {k} * {price} = {total} coins."
-    extra = rng.randint(2, 5)
-    if rng.random() < 0.5:
-        text, answer = f"{who} buys {k} {item}s with a coupon for {extra} coins.", total - extra
-        steps += f" The coupon takes {extra} coins off. {total} - {extra} = {answer}."
-    else:
-        text, answer = f"{who} buys {k} {item}s and a basket for {extra} coins.", total + extra
-        steps += f" The basket adds {extra} coins. {total} + {extra} = {answer}."
-    kind = "common" if not rare else "unseen" if item in UNSEEN else "rare"
-    return Question(f"{text} How many coins does {who} pay?", str(answer), kind,
-                    f"{steps} The answer is \\boxed{{{answer}}}", f" {price}" if rare else "", strict=True)
-
-
-def split_of(text):
-    """The split that a question with this text belongs to, by a hash of it: the same for every seed."""
-    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
-    return next(split for split, part in SPLITS.items() if digest % 100 in part)
-
-
-def toy_questions(split, rng, rare=0.5, unseen=True, unreliable=False):
-    """An endless stream of toy questions of one split: "train", "held_out" (thresholds, checks on the way) or "eval".
-
-    A question belongs to a split by a hash of its text, so splits are disjoint whatever the seeds. rare: the share of
-    questions that name a rare thing. unseen=False leaves out the facts that neither training stage may see.
-    """
-    while True:
-        question = toy_question(rng, rng.random() < rare, unreliable)
-        if split_of(question.text) == split and (unseen or question.kind != "unseen"):
-            yield question
-
-
-def with_asides(ids, tokenizer, rng, share):
-    """Markup asides, such as <b>7</b>, at one to three random gaps of a share of the texts.
-
-    ids: the tokens of a text. Returns (ids, learn): learn[i] is False for an aside's first token, since nothing tells
-    where one stands. Every real model has seen its text interrupted; one that has not is ruined by the warm-up.
-    """
-    out, learn = list(ids), [True] * len(ids)
-    if rng.random() < share:
-        for at in sorted(rng.sample(range(len(ids) + 1), rng.randint(1, 3)), reverse=True):
-            tag = rng.choice("biqsu")
-            aside = tokenizer.encode(f"<{tag}>{rng.randint(1, 99)}</{tag}>")
-            out[at:at] = aside
-            learn[at:at] = [False] + [True] * (len(aside) - 1)
-    return out, learn
-
+# The toy's tokenizer
 
 def train_bpe(texts):
     """Byte-level BPE (Sennrich et al., arXiv 1508.07909): join the most frequent pair until every word is one token.
@@ -481,10 +486,10 @@ def save_toy_tokenizer(path):
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     added = [dict(id=len(tokens) + i, content=text, special=True, single_word=False, lstrip=False, rstrip=False,
                   normalized=False) for i, text in enumerate(special)]
-    split = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=True)
+    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=True)
     files = {
         "tokenizer.json": dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None,
-                               pre_tokenizer=split, post_processor=None, decoder=split,
+                               pre_tokenizer=byte_level, post_processor=None, decoder=byte_level,
                                model=dict(type="BPE", dropout=None, unk_token=None, fuse_unk=False, byte_fallback=False,
                                           continuing_subword_prefix=None, end_of_word_suffix=None, ignore_merges=False,
                                           vocab={write(t): i for i, t in enumerate(tokens)},
@@ -655,7 +660,7 @@ def tidy(text):
     return text
 
 
-def split(text, mark):
+def split_outside(text, mark):
     """Cut at `mark`, but not inside brackets: '1,(2,3)' gives '1' and '(2,3)'."""
     parts, depth, start = [], 0, 0
     for found in re.finditer(r"[(\[{]|[)\]}]|" + mark, text):
@@ -670,9 +675,9 @@ def split(text, mark):
 def items(text):
     """(brackets, parts) of a tuple or an interval; ("", parts) of a list or a set, whose order means nothing."""
     text = text[2:-2] if text.startswith("\\{") and text.endswith("\\}") else text
-    parts = split(text, r"\\cup(?![a-z])")
-    parts = parts if len(parts) > 1 else [part for part in split(text, "[,;]") if part]
-    if len(parts) == 1 and text[0] in "([" and text[-1] in ")]" and len(inner := split(text[1:-1], ",")) > 1:
+    parts = split_outside(text, r"\\cup(?![a-z])")
+    parts = parts if len(parts) > 1 else [part for part in split_outside(text, "[,;]") if part]
+    if len(parts) == 1 and text[0] in "([" and text[-1] in ")]" and len(inner := split_outside(text[1:-1], ",")) > 1:
         return text[0] + text[-1], inner
     return "", [part.replace("\\pm", plus).replace("\\mp", minus) for part in parts
                 for plus, minus in (("+", "-"), ("-", "+"))[:2 if "\\pm" in part else 1]]
@@ -690,11 +695,11 @@ def same(given, gold, depth=0):
     if all(digits) and (digits[0][2] or digits[1][2]):  # 52_8, or 52 alone
         return digits[0][1] == digits[1][1] and not (digits[0][2] and digits[1][2])
     for mark in (r"\\ge(?![a-z])|>", r"\\le(?![a-z])|<"):
-        a, b = split(given, mark), split(gold, mark)
+        a, b = split_outside(given, mark), split_outside(gold, mark)
         if len(a) == len(b) > 1:
             return all(same(x, y, depth + 1) for x, y in zip(a, b))
-    left, right = split(given, "="), split(gold, "=")
-    if len(left) + len(right) > 2 and len(split(given, "[,;]")) == len(split(gold, "[,;]")) == 1:
+    left, right = split_outside(given, "="), split_outside(gold, "=")
+    if len(left) + len(right) > 2 and len(split_outside(given, "[,;]")) == len(split_outside(gold, "[,;]")) == 1:
         if len(left) == len(right) == 2 and same_equation(left, right):
             return True
         named = len(right) == 1 or not re.search("[+-]", right[0])  # x = 5 is 5; x + y = 5 is not

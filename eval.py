@@ -37,7 +37,7 @@ import numpy as np
 from data import load_questions, split_of, toy_questions
 from grpo import parameters
 from model import load, weight_files, write_beside
-from relay import (COMMAND, Call, Rollout, Run, WrongArguments, command, correct, fill_in, load_pair, machine, parser,
+from relay import (COMMAND, Call, Rollout, Run, WrongArguments, command, is_right, fill_in, load_pair, machine, parser,
                    positive, relay, run_script, show_presets)
 from warmup import progress_bar
 
@@ -144,7 +144,7 @@ def summary(right, rollouts, alone_is_llm=False):
 
 def result(method, questions, rollouts, tokenizer, args, writer, helper, seconds):
     """One row of results.json, and whether each answer is right, averaged over repeats, (questions,)."""
-    right = [correct(questions[i // args.repeat], r, tokenizer) for i, r in enumerate(rollouts)]
+    right = [is_right(questions[i // args.repeat], r, tokenizer) for i, r in enumerate(rollouts)]
     right, alone = np.reshape(right, (len(questions), args.repeat)).mean(axis=1), method == "llm"
     by_kind = {}
     for kind in sorted({q.kind for q in questions if q.kind}):
@@ -166,19 +166,19 @@ def routers(rows, right):
     Without a gap between SLM and LLM there is nothing to close: the router sends nothing to the LLM. Where some of the
     resamples have none, the share of the gap has no interval.
     """
-    slm, llm, ours = (np.asarray(right[name], dtype=float) for name in ("slm", "llm", "relay"))
-    relay, p = rows["relay"], 0.0
-    relay.update(gap_closed=None, gap_closed_ci95=None, cost_reduction=None)
+    slm, llm, relayed = (np.asarray(right[name], dtype=float) for name in ("slm", "llm", "relay"))
+    ours, p = rows["relay"], 0.0
+    ours.update(gap_closed=None, gap_closed_ci95=None, cost_reduction=None)
     if llm.mean() > slm.mean():
         gap = lambda v: v[1].mean() - v[0].mean()
         share = lambda v: (v[2].mean() - v[0].mean()) / gap(v) if gap(v) > 0 else np.nan
-        everything = np.stack([slm, llm, ours])
+        everything = np.stack([slm, llm, relayed])
         p, ends = float(share(everything)), interval(everything, share)
-        relay.update(gap_closed=p, gap_closed_ci95=None if np.isnan(ends).any() else ends,
-                     cost_reduction=1 - relay["rho"] / p if p > 0 else None)
+        ours.update(gap_closed=p, gap_closed_ci95=None if np.isnan(ends).any() else ends,
+                    cost_reduction=1 - ours["rho"] / p if p > 0 else None)
     p = min(max(p, 0.0), 1.0)
-    shared = {key: relay[key] for key in ("questions", "seed", "temperature", "max_new_tokens", "repeat")}
-    for name, cost in (("random_router", p), ("random_router_equal_cost", relay["rho"])):
+    shared = {key: ours[key] for key in ("questions", "seed", "temperature", "max_new_tokens", "repeat")}
+    for name, cost in (("random_router", p), ("random_router_equal_cost", ours["rho"])):
         right[name] = (1 - cost) * slm + cost * llm                 # its expected accuracy on each question
         rows[name] = dict(method=name, accuracy=float(right[name].mean()), rho=cost, ci95=interval(right[name]),
                           **shared)
@@ -207,7 +207,7 @@ def where_calls_happen(questions, rollouts, tokenizer, repeat):
     """
     before, place, asked, right = Counter(), Counter(), {}, {True: [], False: []}
     for i, r in enumerate(rollouts):
-        right[any(r.by_llm)].append(correct(questions[i // repeat], r, tokenizer))
+        right[any(r.by_llm)].append(is_right(questions[i // repeat], r, tokenizer))
         for call in r.calls:
             text = COMMAND.sub(b"", b"".join(tokenizer.token_bytes[t] for t in r.tokens[:call.position]))
             before[" ".join(text.decode("utf-8", "replace").split()[-3:])] += 1
@@ -245,12 +245,12 @@ def figures(part):
     return f"{part['call_rate']:7.0%}{asked:>6}{part['length']:8.1f}{part['cut']:6.1%}"
 
 
-def tell(relay, analysis):
+def tell(ours, analysis):
     """What the table does not show, in lines."""
-    if relay["gap_closed"] is not None:
-        ends = "{:.1%} - {:.1%}".format(*relay["gap_closed_ci95"]) if relay["gap_closed_ci95"] else "no interval"
-        reduction = f"{relay['cost_reduction']:.1%}" if relay["cost_reduction"] is not None else "-"
-        print(f"the relay closes {relay['gap_closed']:.1%} ({ends}) of the gap with {relay['rho']:.2%} of the tokens, "
+    if ours["gap_closed"] is not None:
+        ends = "{:.1%} - {:.1%}".format(*ours["gap_closed_ci95"]) if ours["gap_closed_ci95"] else "no interval"
+        reduction = f"{ours['cost_reduction']:.1%}" if ours["cost_reduction"] is not None else "-"
+        print(f"the relay closes {ours['gap_closed']:.1%} ({ends}) of the gap with {ours['rho']:.2%} of the tokens, "
               f"{reduction} below the accuracy-matched random router")
     calls = analysis["calls"]
     for name in ("with_call", "without_call") if calls["asked"] else ():
@@ -302,7 +302,7 @@ def page(rows, questions, rollouts, tokenizer, picture):
         parts.append(f"<img alt='accuracy against cost' src='data:image/png;base64,{data}'>")
     parts.append("<h2>Roll-outs of the relay</h2><p>Marked: what the large model wrote.</p>")
     for question, rollout in list(zip(questions, rollouts))[:20]:
-        right = "right" if correct(question, rollout, tokenizer) else "wrong"
+        right = "right" if is_right(question, rollout, tokenizer) else "wrong"
         parts.append(f"<p><b>{html.escape(question.text)}</b> ({html.escape(question.kind)} {right})<br>")
         for by_llm, run in itertools.groupby(zip(rollout.tokens, rollout.by_llm), key=lambda pair: pair[1]):
             text = html.escape(tokenizer.decode([token for token, _ in run]))

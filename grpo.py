@@ -8,8 +8,11 @@ its group (no value network), and the tokens that the SLM sampled become more or
            (the first term at most -3 A where A < 0)
 
 What is RelayLLM's own is the reward (arXiv 2601.05167, section 4.2). It asks what the group shows about the question:
-can the SLM do it alone, only with help, or not at all? Alone it pays not to call, else it pays to call, and each
-token from the LLM costs a little. Tokens that the LLM wrote have no gradient: nobody of ours sampled them.
+can the SLM do it alone, only with help, or not at all? If it can, not calling pays; if not, calling pays; and each
+token of the LLM costs a little. Tokens that the LLM wrote have no loss: the policy did not sample them.
+
+Left out: a value network (the group's mean is the baseline), a reference that is renewed on the way (the warmed-up
+model is what must not be lost), a server for sampling (one process holds both models: no weights need to travel).
 """
 import hashlib
 import json
@@ -26,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from model import Transformer, load, read_json, save, write_beside
-from relay import (Run, WrongArguments, at_least_zero, correct, differing, fill_in, load_pair, machine, parser,
+from relay import (Run, WrongArguments, at_least_zero, is_right, differing, fill_in, load_pair, machine, parser,
                    positive, relay, run_script, shares, show_presets)
 from warmup import (HEAD, Example, adamw, add_up, apply_gradient, check_gpus, hear_signals, join_processes,
                     machine_arguments, micro_batches, progress_bar, settings, start_processes, token_logprobs,
@@ -52,7 +55,7 @@ def rewards(correct, called, rho, solo=1.5):
     solved = right.any(dim=-1, keepdim=True)
     reward = torch.where(right, torch.where(called, 1 - rho, solo), 0.0)
     reward = torch.where(solved & ~alone & ~right & ~called, -1.0, reward)   # it should have asked
-    return torch.where(~solved & called, rho, reward)                        # it did right to ask, though in vain
+    return torch.where(~solved & called, rho, reward)                        # asking was right, though in vain
 
 
 def simple_rewards(correct, rho):
@@ -124,15 +127,20 @@ def update(policy, reference, optimizer, rollouts, advantage, known, args):
         with torch.no_grad():
             ref = token_logprobs(reference, part, known, args.temperature)[0]
         logprobs, entropies = token_logprobs(policy, part, known, args.temperature, entropies=True)
-        stored = [(lp, by_llm) for i in batch for lp, by_llm in zip(rollouts[i].logprobs, rollouts[i].by_llm)]
-        stored = [pair for pair in stored if args.llm_tokens_in_loss or not pair[1]]
-        old = torch.tensor([lp for lp, _ in stored]).to(logprobs)
-        if args.llm_tokens_in_loss:                       # the sampler stored none for them: a ratio of 1
-            old = torch.where(torch.tensor([b for _, b in stored], device=old.device), logprobs.detach(), old)
+        old = torch.tensor([lp for i in batch for lp, by_llm in zip(rollouts[i].logprobs, rollouts[i].by_llm)
+                            if args.llm_tokens_in_loss or not by_llm]).to(logprobs)
+        if args.llm_tokens_in_loss:                       # the sampler stored none for the LLM's: a ratio of 1
+            by_llm = torch.tensor([b for i in batch for b in rollouts[i].by_llm], device=old.device)
+            old = torch.where(by_llm, logprobs.detach(), old)
         learned = torch.tensor([counts[i] for i in batch])
-        spread = lambda values: values.repeat_interleave(learned).to(logprobs)        # a roll-out's value to its tokens
-        weight = spread(1 / (learned * responses) if args.loss == "sequence" else torch.full([len(batch)], 1 / tokens))
-        loss, clipped = policy_loss(logprobs, old, spread(advantage[batch]), args.clip_low, args.clip_high)
+
+        def to_tokens(values):
+            """A number for each roll-out, repeated for each of its learned tokens."""
+            return values.repeat_interleave(learned).to(logprobs)
+
+        share = 1 / (learned * responses) if args.loss == "sequence" else torch.full([len(batch)], 1 / tokens)
+        weight = to_tokens(share)
+        loss, clipped = policy_loss(logprobs, old, to_tokens(advantage[batch]), args.clip_low, args.clip_high)
         kl = k3(logprobs, ref)
         loss = ((loss + args.kl * kl) * weight).sum()
         loss.backward()
@@ -167,7 +175,7 @@ def step_metrics(groups, right, called, reward):
 
 def score(questions, groups, tokenizer, args):
     """(right, called, reward), each (questions, G)."""
-    right = torch.tensor([[correct(q, r, tokenizer) for r in group] for q, group in zip(questions, groups)])
+    right = torch.tensor([[is_right(q, r, tokenizer) for r in group] for q, group in zip(questions, groups)])
     called = torch.tensor([[any(r.by_llm) for r in group] for group in groups])
     rho = torch.tensor([[r.rho for r in group] for group in groups])
     if args.rho_asked:
@@ -205,10 +213,12 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
     parts = step_metrics(groups, right, called, reward)
     parts |= {name: (sum(s[key] for s in sums), tokens) for name, key in
               (("kl", "kl"), ("clip_fraction", "clipped"), ("entropy", "entropy"))}
-    parts["loss"] = sum(s["loss"] for s in sums), 0 if rank else len(sums)           # a sum over processes as it is
-    added = iter(add_up([number for pair in parts.values() for number in pair], known.device))
+    # Each process divided its loss by the tokens of all: its parts are added up, and the updates counted once.
+    parts["loss"] = sum(s["loss"] for s in sums), len(sums) if rank == 0 else 0
+    numbers = add_up([number for pair in parts.values() for number in pair], known.device)
     metrics = dict(step=step)
-    metrics |= {name: total / count if count else None for name, total, count in zip(parts, added, added)}
+    for name, total, count in zip(parts, numbers[0::2], numbers[1::2]):
+        metrics[name] = total / count if count else None
     norms = [s["norm"] for s in sums]
     metrics |= dict(grad_norm=max(norms), skipped=sum(not math.isfinite(norm) for norm in norms),
                     sampler_learner_difference=next((s["drift"] for s in sums if s["tokens"]), 0.0), lr=args.rate,
@@ -243,7 +253,7 @@ def filter_questions(questions, llm, tokenizer, args, file):
     if solved is None:
         many = [q for q in questions for _ in range(n)]
         right = write_answers(llm, None, tokenizer, many, args, "filter", temperature=args.llm_temperature,
-                              keep=lambda question, rollout: correct(question, rollout, tokenizer))
+                              keep=lambda question, rollout: is_right(question, rollout, tokenizer))
         solved = [sum(right[i:i + n]) for i in range(0, len(right), n)]
         if world()[0] == 0:
             write_beside(file, lambda out: out.write(json.dumps(known | {key: solved}).encode()))
@@ -253,63 +263,11 @@ def filter_questions(questions, llm, tokenizer, args, file):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What it needs
+# Settings
 
-def parameters(config):
-    """How many numbers a model of this Config learns."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in Transformer(config).parameters())
-
-
-def cache_bytes(config, size):
-    """Bytes of a token's keys and values, of `size` bytes a number."""
-    return 2 * config.layers * config.kv_heads * config.head_dim * size
-
-
-def memory_needed(slm, llm, args, llm_bytes=2):
-    """{what: bytes} of a training step, from two Configs; "peak" is the sum of what is there at the same time.
-
-    The policy has float32 weights, a gradient and Adam's two averages (16 bytes a parameter), the reference float32
-    weights. Caches and activations take turns. Activations: what the backward pass keeps of args.micro_tokens tokens,
-    counted from the operations of model.Layer, in float32, attention itself without its (T, T) weights.
-    """
-    small, large = parameters(slm), parameters(llm)
-    rows = min(args.batch, args.questions_per_step * args.group)
-    tokens = rows * (args.prompt_tokens + args.max_new_tokens)
-    q, kv = slm.heads * slm.head_dim, slm.kv_heads * slm.head_dim
-    inside = 6 * slm.hidden + 8 * q + 8 * kv + 5 * slm.ffn                  # floats a token and layer
-    kept = slm.hidden * slm.layers + inside if args.checkpointing else inside * slm.layers
-    head = 4 * 4 * min(args.micro_tokens * slm.vocab_size, HEAD)            # of a chunk: logits, log-softmax, slopes
-    parts = dict(policy=16 * small, reference=4 * small, llm=llm_bytes * large,
-                 caches=tokens * (cache_bytes(slm, 4) + cache_bytes(llm, llm_bytes)),
-                 learning=4 * args.micro_tokens * kept + head)
-    return parts | dict(peak=sum(parts.values()) - min(parts["caches"], parts["learning"]))
-
-
-def hours_needed(slm, llm, args, length, rho, flops, bandwidth, llm_bytes=2):
-    """{what: hours} of a whole GRPO run on one GPU, from two Configs: an estimate to plan with, nothing more.
-
-    length: tokens of a mean response (the longest of a batch: args.max_new_tokens). rho: the LLM's share of them.
-    flops, bandwidth: operations and bytes a second that the GPU reaches in practice. A token costs two operations a
-    parameter (forward), twice that backward; a decoding step reads all weights and all caches once.
-    """
-    small, large = parameters(slm), parameters(llm)
-    rows, longest = args.questions_per_step * args.group, args.max_new_tokens
-    steps = args.steps * math.ceil(rows / args.batch) * longest             # of decoding, of all of a batch's rows
-    held = min(rows, args.batch) * (args.prompt_tokens + length / 2)        # tokens in the caches, on average
-    learned = args.steps * rows * (args.prompt_tokens / args.group + length)
-    answers = math.ceil(args.pool * args.filter_samples / args.batch) * longest    # steps of the LLM for the filter
-    seconds = dict(
-        filter=answers * (llm_bytes * large + held * cache_bytes(llm, llm_bytes)) / bandwidth,
-        sampling=steps * (4 * small + held * cache_bytes(slm, 4)) / bandwidth,
-        calls=steps * rho * llm_bytes * large / bandwidth + 2 * large * learned / flops,
-        learning=2 * small * learned * (4 + args.checkpointing) / flops)    # policy: 3, reference: 1
-    return {what: s / 3600 for what, s in seconds.items()} | dict(all=sum(seconds.values()) / 3600)
-
-
-# What the presets differ in. The toy samples at 0.7, where its few calls stand out and its text is nearly free of
-# slips. Without a flag: `ramp`, `decay` (its learning rate rises over so many steps, then falls to 0), and `skip_equal`
-# (groups of equal rewards are not learned from, which saves time).
+# What the presets differ in. The toy samples at 0.7: at 1.0 it may learn to call always (README.md, "What failed on the
+# way"). Not flags: `ramp` (steps over which the learning rate rises), `decay` (then it falls to 0), and `skip_equal`
+# (groups of equal rewards are left out of the update, which saves time).
 TOY = dict(temperature=0.7, max_new_tokens=96, steps=60, questions_per_step=16, group=16, lr=1e-3, updates=1,
            pool=640, filter_samples=2, decay=True, ramp=20, skip_equal=True, micro_tokens=3000,
            checkpointing=False, eval_every=20)
@@ -456,7 +414,7 @@ def learning_rate(step, args):
 
 
 def watch(history):
-    """One line when the last ten steps show a known collapse, else None."""
+    """One line when the last ten steps show a known collapse, else None. (Thresholds: by eye, on runs of the toy.)"""
     mean = lambda key: sum(m[key] for m in history[-10:]) / 10
     if len(history) < 10:
         return None
@@ -475,7 +433,7 @@ def held_out_check(questions, policy, llm, tokenizer, args):
     """How the relay does at temperature 0.7 on questions that are neither learned from nor reported; {} without any."""
     if not questions:
         return {}
-    rollouts = write_answers(policy, llm, tokenizer, questions, args, "check", temperature=0.7)
+    rollouts = write_answers(policy, llm, tokenizer, questions, args, "check", temperature=0.7)    # as the toy's table
     return dict(zip(("eval_accuracy", "eval_call_rate", "eval_rho"), shares(questions, rollouts, tokenizer)))
 
 
@@ -533,6 +491,64 @@ def train(done, questions, held_out, policy, reference, llm, tokenizer, optimize
     bar.close()
     return step
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it needs
+
+def parameters(config):
+    """How many numbers a model of this Config learns."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(config).parameters())
+
+
+def cache_bytes(config, size):
+    """Bytes of a token's keys and values, of `size` bytes a number."""
+    return 2 * config.layers * config.kv_heads * config.head_dim * size
+
+
+def memory_needed(slm, llm, args, llm_bytes=2):
+    """{what: bytes} of a training step, from two Configs; "peak" is the sum of what is there at the same time.
+
+    The policy has float32 weights, a gradient and Adam's two averages (16 bytes a parameter), the reference float32
+    weights. Caches and activations take turns. Activations: what the backward pass keeps of args.micro_tokens tokens,
+    counted from the operations of model.Layer, in float32, attention itself without its (T, T) weights.
+    """
+    small, large = parameters(slm), parameters(llm)
+    rows = min(args.batch, args.questions_per_step * args.group)
+    tokens = rows * (args.prompt_tokens + args.max_new_tokens)
+    q, kv = slm.heads * slm.head_dim, slm.kv_heads * slm.head_dim
+    inside = 6 * slm.hidden + 8 * q + 8 * kv + 5 * slm.ffn                  # floats a token and layer
+    kept = slm.hidden * slm.layers + inside if args.checkpointing else inside * slm.layers
+    head = 4 * 4 * min(args.micro_tokens * slm.vocab_size, HEAD)            # of a chunk: logits, log-softmax, slopes
+    parts = dict(policy=16 * small, reference=4 * small, llm=llm_bytes * large,
+                 caches=tokens * (cache_bytes(slm, 4) + cache_bytes(llm, llm_bytes)),
+                 learning=4 * args.micro_tokens * kept + head)
+    return parts | dict(peak=sum(parts.values()) - min(parts["caches"], parts["learning"]))
+
+
+def hours_needed(slm, llm, args, length, rho, flops, bandwidth, llm_bytes=2):
+    """{what: hours} of a whole GRPO run on one GPU, from two Configs: an estimate to plan with, nothing more.
+
+    length: tokens of a mean response (the longest of a batch: args.max_new_tokens). rho: the LLM's share of them.
+    flops, bandwidth: operations and bytes a second that the GPU reaches in practice. A token costs two operations a
+    parameter (forward), twice that backward; a decoding step reads all weights and all caches once.
+    """
+    small, large = parameters(slm), parameters(llm)
+    rows, longest = args.questions_per_step * args.group, args.max_new_tokens
+    steps = args.steps * math.ceil(rows / args.batch) * longest             # of decoding, of all of a batch's rows
+    held = min(rows, args.batch) * (args.prompt_tokens + length / 2)        # tokens in the caches, on average
+    learned = args.steps * rows * (args.prompt_tokens / args.group + length)
+    answers = math.ceil(args.pool * args.filter_samples / args.batch) * longest    # steps of the LLM for the filter
+    seconds = dict(
+        filter=answers * (llm_bytes * large + held * cache_bytes(llm, llm_bytes)) / bandwidth,
+        sampling=steps * (4 * small + held * cache_bytes(slm, 4)) / bandwidth,
+        calls=steps * rho * llm_bytes * large / bandwidth + 2 * large * learned / flops,
+        learning=2 * small * learned * (4 + args.checkpointing) / flops)    # policy: 3, reference: 1
+    return {what: s / 3600 for what, s in seconds.items()} | dict(all=sum(seconds.values()) / 3600)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script
 
 def main():
     args = arguments()

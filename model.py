@@ -16,6 +16,8 @@ slots, so that attention reads a slice of the cache and copies nothing.
 The second half reads and writes model directories in the Hugging Face layout (config.json, model.safetensors). A
 directory from outside is not trusted: there is no pickle, and every size and offset is checked before it is used.
 
+Shapes in this file: B rows, T tokens of a row in this pass, W tokens that a row can see, D = head_dim, V logits.
+
 Left out: dropout (neither stage uses it), mixture of experts, sliding windows, quantization, YaRN.
 Sources: RMSNorm (arXiv 1910.07467), RoPE (2104.09864), grouped-query attention (2305.13245), SwiGLU (2002.05202).
 """
@@ -78,8 +80,8 @@ def rope_frequencies(config):
     Llama 3's scaling divides the frequencies whose wavelength exceeds the old context by `factor`, keeps the fast
     ones, and blends between (Llama 3 herd of models, arXiv 2407.21783; constants from the checkpoint's config).
     """
-    half = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    freq = 1.0 / config.rope_theta ** half
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    freq = 1.0 / config.rope_theta ** exponent
     scaling = config.rope_scaling
     if scaling is None:
         return freq
@@ -102,47 +104,22 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def prepack(model, free=False):
-    """Copy weight matrices into the order in which oneDNN's matrix product on x86 CPUs reads them. Elsewhere: nothing.
+class Grid(NamedTuple):
+    """Sequences without padding, for learning: N tokens in one list, and how they stand in rows for attention.
 
-    PyTorch brings a matrix into that order anew for every product, which for the few rows of a decoding step takes
-    longer than the product itself: packed, a step of 1 to 32 rows takes a half to two thirds of the time. (A matrix of
-    the toy's size is in the processor's cache anyway, and is left alone.) The copies do not follow the weights, so
-    whoever samples from a model that learns calls forget() with what this returns. free=True gives the originals'
-    memory back, for a model that is only sampled from.
+    Most of a layer's work looks at one token alone, so it pays to have each token once: no padding, and a prompt that
+    many rows begin with only one time. (F.embedding is the gather whose gradient is fast.)
     """
-    packed = []
-    for matrix in model.matrices():
-        weight = matrix.weight
-        fast = weight.dtype == torch.float32 or (
-            weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        if X86 and fast and weight.device.type == "cpu" and weight.numel() > 2**16 and not hasattr(weight, "packed"):
-            weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-            packed.append(weight)
-            if free and matrix is not model.embed:         # whose rows are still looked up
-                weight.data = weight.data.new_zeros(1).expand(weight.shape)
-    return packed
-
-
-def forget(weights):
-    """Drop the packed copies of these weights."""
-    for weight in weights:
-        del weight.packed
-
-
-def linear(matrix, x):
-    """x W^T + b: (..., in) to (..., out), by the packed copy of W where there is one."""
-    packed, bias = getattr(matrix.weight, "packed", None), getattr(matrix, "bias", None)    # an embedding has no bias
-    if packed is None:
-        return F.linear(x, matrix.weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    take: torch.Tensor     # (B, T) int64: the place in the list of each row's tokens; anything behind a row's end
+    put: torch.Tensor      # (N,) int64: row * T + column where each token stands (one of them, if it stands in many)
 
 
 class Layer(nn.Module):
     """Attention and feed-forward, each added to the residual stream.
 
-    q, k and v are one matrix, and so are gate and up: a decoding step is bound by the number of operations and the
-    bytes of weights, and two products fewer a layer is the cheapest speed there is.
+    q, k and v share one matrix, and so do gate and up: three matrix products fewer in each layer. A decoding step is
+    bound by the number of operations and the bytes of weights, so this is its cheapest speed-up. (linear(m, x) is m(x),
+    or the same from weights in a faster order; see below.)
     """
 
     def __init__(self, config):
@@ -185,21 +162,11 @@ class Layer(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             k, v, mask = past(k, v)                                            # (B, kv_heads, W, D), all tokens so far
-            # The queries of a group see the same keys: folded into the time axis they need no copy of them.
+            # All queries of a group see the same keys: stacked along the time axis they share them without a copy.
             y = F.scaled_dot_product_attention(q.reshape(B, c.kv_heads, group * T, c.head_dim), k, v, attn_mask=mask)
             y = y.view(B, c.heads, T, c.head_dim)
         y = y.transpose(1, 2).reshape(B, T, -1)
         return y if grid is None else F.embedding(grid.put, y.flatten(0, 1))   # and back to (N, ...)
-
-
-class Grid(NamedTuple):
-    """Sequences without padding, for learning: N tokens in one list, and how they stand in rows for attention.
-
-    Most of a layer's work looks at one token alone, so it pays to have each token once: no padding, and a prompt that
-    many rows begin with only one time. (F.embedding is the gather whose gradient is fast.)
-    """
-    take: torch.Tensor     # (B, T) int64: the place in the list of each row's tokens; anything behind a row's end
-    put: torch.Tensor      # (N,) int64: row * T + column where each token stands (one of them, if it stands in many)
 
 
 class Transformer(nn.Module):
@@ -275,6 +242,45 @@ class Transformer(nn.Module):
             at = [tokens.shape[1] - 1] * len(tokens) if counts is None else [n - 1 for n in counts]
             x = x[torch.arange(len(tokens), device=x.device), torch.tensor(at, device=x.device)]
         return self.logits(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faster matrix products on x86 CPUs (skip it on a first reading)
+
+def prepack(model, free=False):
+    """Copy weight matrices into the order in which oneDNN's matrix product on x86 CPUs reads them. Elsewhere: nothing.
+
+    PyTorch brings a matrix into that order anew for every product, which for the few rows of a decoding step takes
+    longer than the product itself: packed, a step of 1 to 32 rows takes a half to two thirds of the time. (A matrix of
+    the toy's size is in the processor's cache anyway, and is left alone.) The copies do not follow the weights, so
+    whoever samples from a model that learns calls forget() with what this returns. free=True gives the originals'
+    memory back, for a model that is only sampled from.
+    """
+    packed = []
+    for matrix in model.matrices():
+        weight = matrix.weight
+        fast = weight.dtype == torch.float32 or (
+            weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        if X86 and fast and weight.device.type == "cpu" and weight.numel() > 2**16 and not hasattr(weight, "packed"):
+            weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+            packed.append(weight)
+            if free and matrix is not model.embed:         # whose rows are still looked up
+                weight.data = weight.data.new_zeros(1).expand(weight.shape)
+    return packed
+
+
+def forget(weights):
+    """Drop the packed copies of these weights."""
+    for weight in weights:
+        del weight.packed
+
+
+def linear(matrix, x):
+    """x W^T + b: (..., in) to (..., out), by the packed copy of W where there is one."""
+    packed, bias = getattr(matrix.weight, "packed", None), getattr(matrix, "bias", None)    # an embedding has no bias
+    if packed is None:
+        return F.linear(x, matrix.weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ The SLM writes. When its text contains the command <call>n</call>, the LLM write
 and the SLM goes on from there (RelayLLM, arXiv 2601.05167, section 3). There is no router: the SLM decides.
 
     SLM's context:  prompt  ... One costs<call>1</call> 26 coins. So 3 cost ...
-    LLM's context:  prompt  ... One costs               26       (written, and not read: there it reads on, if called)
+    LLM's context:  prompt  ... One costs               26       (its own 26 it reads only when it is called again)
 
 Three rules make it exact and cheap.
   1. A model reads each token once. For every row it has a KV cache and a list of tokens that it has still to read; one
@@ -14,10 +14,10 @@ Three rules make it exact and cheap.
      reaches the LLM token by token, but for the commands; where a command shares a token with its neighbour's bytes,
      those bytes are encoded again and none is lost.
   3. Randomness belongs to the roll-out. Token k of row i is drawn with the k-th uniform number of row i's own seed, so
-     a roll-out is the same alone and in any batch (in float32 up to ties that rounding breaks).
+     a roll-out is the same alone and in any batch (in float32, rounding may decide a near-tie otherwise).
 
 Turns alternate for the whole batch: the SLM runs until every row waits or has ended, then the LLM serves all waiting
-rows as one batch, because its steps are the dear ones. Whatever a model writes is data; nothing here raises on it.
+rows as one batch, because its steps are the expensive ones. Whatever a model writes is data; nothing here raises on it.
 """
 import argparse
 import codecs
@@ -62,13 +62,15 @@ class Call(NamedTuple):
 
 @dataclass
 class Rollout:
-    """One response and how it came about."""
+    """One response and how it came about.
+
+    logprobs: for each token of the SLM its log-probability at the sampling temperature (at 0: of the plain softmax),
+    before top-p cuts; 0.0 for each token of the LLM.
+    """
     prompt: list
     tokens: list = field(default_factory=list)      # the response: commands and the end-of-text token included
     by_llm: list = field(default_factory=list)      # for each token: did the LLM write it?
-    logprobs: list = field(default_factory=list)    # for each token: the SLM's log-probability at the sampling
-    #                                                 temperature (0: of the plain softmax), before top-p cuts;
-    #                                                 0.0 where the LLM wrote
+    logprobs: list = field(default_factory=list)    # for each token
     calls: list = field(default_factory=list)       # of Call
     end: str = ""                                   # "eos", "eos_by_llm", or "length": the budget is spent
     cost: dict = field(default_factory=dict)        # tokens read: slm_prefill, slm_decode, llm_prefill, llm_decode
@@ -106,8 +108,8 @@ def sample(logprobs, uniforms, temperature=1.0, top_p=1.0):
     probs = logprobs.exp()
     if top_p < 1:
         ordered, ids = probs.sort(dim=-1, descending=True)
-        before = ordered.cumsum(dim=-1) - ordered
-        probs = probs.masked_fill(torch.zeros_like(probs).scatter(-1, ids, (before >= top_p).to(probs.dtype)) > 0, 0)
+        surplus = ordered.cumsum(dim=-1) - ordered >= top_p           # the ids before it hold top_p already
+        probs = torch.zeros_like(probs).scatter(-1, ids, ordered.masked_fill(surplus, 0))
     cdf = probs.cumsum(dim=-1, dtype=torch.float64)
     u = torch.tensor(uniforms, dtype=torch.float64, device=cdf.device)[:, None] * cdf[:, -1:]
     return torch.searchsorted(cdf, u, right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
@@ -135,7 +137,7 @@ class Reader:
 
     def __init__(self, model, prompts):
         self.model, self.cache, self.prompts = model, Cache(model), prompts
-        self.text = [list(prompt) for prompt in prompts]           # row -> all that this model is to see
+        self.tokens = [list(prompt) for prompt in prompts]         # row -> all that this model is to see
         self.own = [[False] * len(prompt) for prompt in prompts]   # row -> for each of those: did this model write it?
         self.cached = [0] * len(prompts)                           # row -> how many of them are in the cache
         self.copied = [0] * len(prompts)                           # row -> how many of those another row has read
@@ -144,18 +146,18 @@ class Reader:
         self.holder = {}                                           # group -> a row whose cache holds its prompt
 
     def feed(self, row, tokens, own=False):
-        self.text[row] += tokens
+        self.tokens[row] += tokens
         self.own[row] += [own] * len(tokens)
 
     def cost(self, row):
-        """(prefill, decode): tokens that really ran for this row, written by another or the user, and by this model."""
+        """(prefill, decode): tokens of this row that the model really read: written by others, and by itself."""
         decode = sum(self.own[row][:self.cached[row]])
         return self.cached[row] - self.copied[row] - decode, decode
 
     def step(self, rows):
         """Read all that is new for `rows`. Returns them in cache order, and the logits (B, V) after each one's last."""
         self.share_prompts([row for row in rows if self.cached[row] == 0])
-        goal, chunk = [len(text) for text in self.text], chunk_size(rows)
+        goal, chunk = [len(tokens) for tokens in self.tokens], chunk_size(rows)
         while long := [row for row in rows if goal[row] - self.cached[row] > chunk]:
             self.read(long, goal, chunk)
         return self.read(rows, goal, chunk, last=True)
@@ -163,7 +165,7 @@ class Reader:
     def share_prompts(self, new):
         """Roll-outs of one question: one row reads all of the prompt but its last token, the others copy its cache.
 
-        The last token each row reads itself, because it needs the logits after it.
+        Each row reads the prompt's last token itself, because it needs the logits after it.
         """
         if not new:
             return
@@ -185,10 +187,10 @@ class Reader:
         spans = [(self.cached[row], min(goal[row], self.cached[row] + chunk)) for row in order]
         counts = [end - start for start, end in spans]
         width = max(counts)
-        tokens = []                                                # one flat list: made a tensor three times as fast
+        flat = []                                                  # one list: made a tensor three times as fast
         for row, (start, end) in zip(order, spans):
-            tokens += self.text[row][start:end] + [0] * (width - (end - start))
-        tokens = torch.tensor(tokens, device=self.cache.like.device).view(-1, width)
+            flat += self.tokens[row][start:end] + [0] * (width - (end - start))
+        tokens = torch.tensor(flat, device=self.cache.like.device).view(-1, width)
         out = (self.model(tokens, self.cache, counts, last=True) if last
                else self.model.hidden(tokens, self.cache, counts))
         for row, (_, end) in zip(order, spans):
@@ -325,19 +327,25 @@ def relay(slm, llm, tokenizer, prompts, *, max_new_tokens, temperature=0.7, seed
 
 def relay_batch(slm, llm, tokenizer, rows, *, tell, progress, temperature, llm_temperature, top_p, fixed, router,
                 no_calls):
-    """Write the responses of these rows, turn by turn. A row is named by its index."""
+    """Write the responses of these rows, turn by turn. A row is named by its index.
+
+    The whole of it is the loop `while live` at the end: slm_turn() returns the rows that wait for the LLM, llm_turn()
+    those that go on. Without an LLM nobody ever waits, and slm_turn() returns none.
+    """
     known = torch.tensor(tokenizer.known, device=slm.embed.weight.device)
     ban = Ban(tokenizer, known.device)
+    forbid = (lambda order: torch.stack([ban.mask(rows[r].tail) for r in order])) if no_calls else None
     prompts = [row.out.prompt for row in rows]
-    slm_reader, llm_reader = Reader(slm, prompts), Reader(llm, prompts) if llm is not None else None
+    slm_reader = Reader(slm, prompts)
+    llm_reader = Reader(llm, prompts) if llm is not None else None
 
-    def draw(reader, turn, temperature, top_p=1.0, forbid=None):
+    def draw(reader, turn, heat, nucleus=1.0, banned=None):
         """One step of a model for the rows whose turn it is: rows in cache order, log-probabilities, sampled ids."""
         order, logits = reader.step(turn)
-        logprobs = log_softmax(logits, known, temperature)
-        if forbid is not None:
-            logprobs = torch.log_softmax(logprobs.masked_fill(forbid(order), -torch.inf), dim=-1)
-        ids = sample(logprobs, [rows[r].uniforms.item(len(rows[r].out.tokens)) for r in order], temperature, top_p)
+        logprobs = log_softmax(logits, known, heat)
+        if banned is not None:
+            logprobs = torch.log_softmax(logprobs.masked_fill(banned(order), -torch.inf), dim=-1)
+        ids = sample(logprobs, [rows[r].uniforms.item(len(rows[r].out.tokens)) for r in order], heat, nucleus)
         return order, logprobs, ids
 
     def slm_turn(live):
@@ -395,15 +403,16 @@ def relay_batch(slm, llm, tokenizer, rows, *, tell, progress, temperature, llm_t
                 progress(len(ended))
         return [r for r in live if not rows[r].out.end]
 
-    forbid = (lambda order: torch.stack([ban.mask(rows[r].tail) for r in order])) if no_calls else None
     live = retire(range(len(rows)))                        # a budget of 0 is spent before the first token
     while live:
         live = slm_turn(live)
         live = llm_turn(live)
 
     for r, row in enumerate(rows):
-        (prefill, decode), (llm_prefill, llm_decode) = slm_reader.cost(r), llm_reader.cost(r) if llm_reader else (0, 0)
-        row.out.cost = dict(slm_prefill=prefill, slm_decode=decode, llm_prefill=llm_prefill, llm_decode=llm_decode)
+        slm_prefill, slm_decode = slm_reader.cost(r)
+        llm_prefill, llm_decode = llm_reader.cost(r) if llm_reader else (0, 0)
+        row.out.cost = dict(slm_prefill=slm_prefill, slm_decode=slm_decode,
+                            llm_prefill=llm_prefill, llm_decode=llm_decode)
 
 
 def plain_text(rollout, tokenizer):
@@ -416,7 +425,7 @@ def plain_text(rollout, tokenizer):
     return text.decode("utf-8", errors="replace")
 
 
-def correct(question, rollout, tokenizer):
+def is_right(question, rollout, tokenizer):
     """Is the response right? A strict question (the toy's) wants its answer last: only an end of text may follow."""
     text = plain_text(rollout, tokenizer)
     if question.strict:
@@ -427,7 +436,7 @@ def correct(question, rollout, tokenizer):
 def shares(questions, rollouts, tokenizer):
     """(accuracy, call rate, rho) of some answers: shares of right ones, of those with a call, of tokens by the LLM."""
     n, tokens = max(1, len(rollouts)), max(1, sum(len(r.tokens) for r in rollouts))
-    return (sum(correct(q, r, tokenizer) for q, r in zip(questions, rollouts)) / n,
+    return (sum(is_right(q, r, tokenizer) for q, r in zip(questions, rollouts)) / n,
             sum(any(r.by_llm) for r in rollouts) / n, sum(sum(r.by_llm) for r in rollouts) / tokens)
 
 
@@ -607,7 +616,7 @@ def run_script(main):
     except KeyboardInterrupt:
         sys.exit(f"{name}: stopped; what earlier stages wrote is kept")
     except (MemoryError, RuntimeError) as error:                     # torch has an error of its own for GPUs alone
-        if not re.search("out of memory|not enough memory|can't allocate memory", f"{error!r} {error}", re.I):
+        if not re.search("MemoryError|out of memory|not enough memory|can't allocate memory", repr(error), re.I):
             raise
         sys.exit(f"{name}: out of memory; try a smaller --batch (sampling) or --micro-tokens (learning)")
 
@@ -691,7 +700,7 @@ def main():
                         raise
                     print(error)
             elif not args.interactive:
-                raise ValueError("there is no question; give one as an argument, or pipe it in")
+                raise ValueError("the question is empty; give one as an argument, or pipe it in")
     except EOFError:
         pass
 

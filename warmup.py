@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import Tokenizer, load_questions, save_toy_tokenizer, split_of, toy_questions, with_asides
-from model import Grid, Transformer, parse_config, save
+from model import Grid, Transformer, parse_config, read_config, save
 from relay import (Run, WrongArguments, command, entropy, fill_in, load_pair, log_softmax, machine, parser, positive,
                    relay, run_script, shares, show_presets, small_models)
 
@@ -83,7 +83,7 @@ def join_processes(device):
         print(f"no GPU is used: running on the CPU, {size} process{'es' if size > 1 else ''}")
     if size > 1:
         if device.startswith("cuda"):
-            torch.cuda.set_device(device)      # what gather() sends goes over the current one
+            torch.cuda.set_device(device)      # all_gather_object() sends over the current device
         distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=7))
         if rank > 0:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
@@ -216,16 +216,18 @@ def micro_batches(examples, most):
 
 
 def pack(examples, device):
-    """Examples as one list of tokens (N,) and its Grid; where in it the learned tokens are predicted, and those tokens.
+    """Examples as one list of tokens (N,) and its Grid; the places in it that predict learned tokens, and those tokens.
 
-    The last token of an example predicts nothing and is left out.
+    Two roll-outs p q a b and p q c d of one prompt p q, whose last tokens b and d predict nothing:
+        tokens  p q a c        take  [[0, 1, 2], [0, 1, 3]]        put  [0, 1, 2, 5]
     """
     width = max(len(e.tokens) for e in examples) - 1
     tokens, take, put, at, targets, prompts = [], [], [], [], [], {}
     for row, e in enumerate(examples):
-        start = prompts.setdefault(e.prompt or row, len(tokens))
-        places = list(range(start, start + len(e.prompt))) if start < len(tokens) else []
-        new = range(len(places), len(e.tokens) - 1)                            # columns of this row that stand nowhere
+        seen = e.prompt in prompts
+        start = prompts.setdefault(e.prompt, len(tokens))
+        places = list(range(start, start + len(e.prompt))) if seen else []
+        new = range(len(places), len(e.tokens) - 1)                            # columns that are not in the list yet
         places += range(len(tokens), len(tokens) + len(new))
         tokens += e.tokens[new.start:new.stop]
         put += [row * width + column for column in new]
@@ -238,7 +240,7 @@ def pack(examples, device):
     return tokens, Grid(take, put), at, targets
 
 
-HEAD = 2**26      # logits in memory at once
+HEAD = 2**26      # logits in memory at once: 256 MiB in float32
 
 
 def token_logprobs(model, examples, known, temperature=1.0, entropies=False, chunk=None):
@@ -308,7 +310,7 @@ TOY_SIZES = {
     "llm": dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=6,
                 num_key_value_heads=2, head_dim=16),
 }
-# lr, share of texts with asides, share of texts that name rare things, are their facts made up
+# asides, rare: shares of the texts. unreliable: the prices of rare things are made up
 TOY_CORPUS = {"slm": dict(lr=4e-3, asides=0.4, rare=0.5, unreliable=True),
               "llm": dict(lr=3e-3, asides=0.1, rare=0.5, unreliable=False)}
 
@@ -337,7 +339,7 @@ def pretrain(name, directory, steps, seed, batch=32, position=0):
             answer, learn = with_asides(tokenizer.encode(question.solution), tokenizer, rng, corpus["asides"])
             prompt = tokenizer.chat(question.text)
             examples.append(Example(prompt + answer + [tokenizer.end_id], [False] * len(prompt) + learn + [True]))
-        lr = corpus["lr"] * (1 - step / steps) * min(1, (step + 1) / 50)
+        lr = corpus["lr"] * (1 - step / steps) * min(1, (step + 1) / 50)     # up over 50 steps, then down to 0
         loss, _ = supervised_step(model, optimizer, examples, known, lr, most=1500)
         read += sum(len(e.tokens) for e in examples)
         if step % 20 == 0:
@@ -356,8 +358,9 @@ def pretrain_pair(run, args):
     for position, (name, steps) in enumerate((("slm", args.slm_steps), ("llm", args.llm_steps))):
         if not run.finished(f"pretrain {name}", dict(steps=steps, seed=args.seed)):
             save_toy_tokenizer(run.path / name)
-            jobs.append((name, run.path / name, steps, args.seed, 32, position))
-    processes = [multiprocessing.get_context("spawn").Process(target=pretrain, args=job, daemon=True) for job in jobs]
+            jobs.append(dict(name=name, directory=run.path / name, steps=steps, seed=args.seed, position=position))
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=pretrain, kwargs=job, daemon=True) for job in jobs]
     for process in processes:
         process.start()
     try:
@@ -369,18 +372,19 @@ def pretrain_pair(run, args):
         raise
     for job, process in zip(jobs, processes):
         if process.exitcode != 0:
-            raise ValueError(f"pretraining the {job[0].upper()} failed")
-        run.finish(f"pretrain {job[0]}", dict(steps=job[2], seed=args.seed))
+            raise ValueError(f"pretraining the {job['name'].upper()} failed")
+        run.finish(f"pretrain {job['name']}", dict(steps=job["steps"], seed=args.seed))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage 1: the supervised warm-up
 
 def insert_commands(tokens, tokenizer, rng, max_n):
-    """Zero to three commands at distinct random gaps of an answer (RelayLLM, section 4.1): before each of its tokens.
+    """Zero to three commands at distinct random gaps of an answer (RelayLLM, section 4.1). Returns the new ids.
 
-    The last is its end of text; behind an answer that was cut by the limit there would be nothing left to ask for.
-    n = min(d * 10^k, tokens left): d uniform in 1..9, k in 0..3, or less for a smaller max_n. Returns the new ids.
+    A gap is before a token: the first before the answer, the last before its end of text. Behind an answer that the
+    limit cut is none: nothing would be left to ask for.
+    n = min(d * 10^k, tokens left): d uniform in 1..9, k in 0..3, or less for a smaller max_n.
     """
     out, powers = list(tokens), len(str(max_n))
     for gap in sorted(rng.sample(range(len(tokens)), min(rng.randint(0, 3), len(tokens))), reverse=True):
@@ -406,7 +410,7 @@ def warm_up(model, tokenizer, rollouts, args):
             for r in rollouts[start:start + args.batch_size]:
                 answer = insert_commands(r.tokens, tokenizer, rng, args.max_n)
                 examples.append(Example(r.prompt + answer, [False] * len(r.prompt) + [True] * len(answer)))
-            ramp = min(1.0, (step + 1) / max(1, 0.03 * steps))             # warm-up ratio 0.03, then linearly to 0
+            ramp = min(1.0, (step + 1) / max(1, 0.03 * steps))             # up over 3% of the steps, then down to 0
             loss, _ = supervised_step(model, optimizer, examples, known, args.lr * ramp * (1 - step / steps),
                                       args.micro_tokens)
             step += 1
@@ -414,6 +418,8 @@ def warm_up(model, tokenizer, rollouts, args):
             bar.update()
 
 
+# From the paper: epochs, and lr and batch size within its ranges (5e-6 to 2e-5, 8 to 32); max_n from d * 10^k. The
+# other figures are ours.
 TOY = dict(temperature=0.7, max_new_tokens=96, samples=3000, epochs=4, lr=2e-3, batch_size=32, max_n=9,
            micro_tokens=1500, checkpointing=False)
 PAPER = dict(temperature=0.7, max_new_tokens=2048, samples=10000, epochs=1, lr=1e-5, batch_size=16, max_n=9000,
@@ -457,8 +463,11 @@ def main():
     if run.finished("warmup", settings(args)):
         print(f"{run.path / 'warmup'} is finished; next: python grpo.py --run {run.path}")
         return
-    run.open()
+    if not args.toy:
+        for path in (args.slm, args.llm):
+            read_config(path)                  # a wrong directory is named before anything is made
     pool, check = training_questions(args, args.toy, "warmup", args.samples, args.check)
+    run.open()
     start_processes(args.gpus)
     device, frozen = machine(args, args.toy)
     join_processes(device)
@@ -471,7 +480,7 @@ def main():
     wait_for_all()
     slm, llm, tokenizer = load_pair(run.directory("slm"), run.directory("llm"), device, frozen)
     start = time.perf_counter()
-    own = write_answers(slm, None, tokenizer, pool, args, "sample", temperature=1.0)
+    own = write_answers(slm, None, tokenizer, pool, args, "sample", temperature=1.0)    # what it says as it is
     print(f"sampled {sum(len(r.tokens) for r in own) / (time.perf_counter() - start):,.0f} tokens/s")
     report("SLM alone", check, write_answers(slm, None, tokenizer, check, args, "before"), tokenizer)
     start = time.perf_counter()

@@ -330,7 +330,7 @@ def handoff(bench):
 
             @torch.inference_mode()
             def hand_off():
-                kept.feed(0, text[len(kept.text[0]):][:20])
+                kept.feed(0, text[len(kept.tokens[0]):][:20])
                 return bench.seconds(lambda: kept.step([0]))
 
             @torch.inference_mode()
@@ -432,14 +432,14 @@ def our_steps(folder, questions, group, tokens, steps):
         reward="difficulty", updates=1, skip_equal=False, scale_by_std=True, rho_asked=False, batch_scenarios=False,
         clip_low=0.2, clip_high=0.3, kl=0.01, rate=1e-6, loss="token", llm_tokens_in_loss=False, micro_tokens=3000,
         signals=SimpleNamespace())
-    right, grpo.correct = grpo.correct, lambda question, rollout, tokenizer: sum(rollout.tokens) % 2 == 0
+    right, grpo.is_right = grpo.is_right, lambda question, rollout, tokenizer: sum(rollout.tokens) % 2 == 0
     optimizer, known = adamw(policy, 1e-6), torch.tensor(tokenizer.known)
     try:
         asked = [Question(text, "1") for text in questions]
         metrics = [grpo.train_step(step, asked, policy, reference, None, tokenizer, optimizer, known, args)[0]
                    for step in range(steps)]
     finally:
-        grpo.correct = right
+        grpo.is_right = right
     return [(m["sample_seconds"], m["learn_seconds"]) for m in metrics]
 
 

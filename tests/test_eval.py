@@ -151,6 +151,8 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(writer):
     writer.file.write_text("".join(lines[:2]) + lines[2][:20])
     rollouts, ran = writer()
     assert ran == 4 and [r.tokens for r in rollouts] == whole
+    size = writer.file.stat().st_size
+    assert writer()[1] == 0 and writer.file.stat().st_size == size      # a broken line once made each load add more
 
 
 def test_where_calls_happen_is_counted_by_the_words_before_them():

@@ -262,7 +262,7 @@ def played(monkeypatch, groups, **changes):
         return dict(tokens=1, loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, drift=0.0, norm=changes.get("norm", 0.0))
 
     monkeypatch.setattr(grpo, "relay", lambda *args, **options: [r for group in groups for r in group])
-    monkeypatch.setattr(grpo, "correct", lambda question, rollout, tokenizer: bool(rollout.tokens[-1]))
+    monkeypatch.setattr(grpo, "is_right", lambda question, rollout, tokenizer: bool(rollout.tokens[-1]))
     monkeypatch.setattr(grpo, "update", note)
     args = settings(**dict(dict(group=len(groups[0]), seed=0, max_new_tokens=9, llm_temperature=0.7, batch=None,
                                 reward="difficulty", updates=1, skip_equal=False, scale_by_std=True, rho_asked=False,
@@ -657,6 +657,27 @@ def test_a_damaged_optimizer_file_is_one_line(toy, tmp_path):
     torch.save(adamw(torch.nn.Linear(2, 2), 1.0).state_dict(), file)
     with pytest.raises(ValueError, match="optimizer.pt"):
         grpo.load_optimizer(optimizer, file)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
+def test_a_disk_that_fills_while_the_optimizer_is_saved_is_one_line(toy, tmp_path):
+    """torch.save() says it with an error of its own, which was a traceback; the checkpoint before must stay."""
+    import resource
+    policy = copy.deepcopy(toy[1])
+    optimizer = adamw(policy, 1e-3)
+    for p in policy.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()                           # now its two averages are twice as large as the model
+    save_checkpoint(tmp_path, 1, policy, optimizer, None, {})
+    most = int(1.5 * (tmp_path / "checkpoint-1" / "model.safetensors").stat().st_size)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+        with pytest.raises((ValueError, OSError), match="checkpoint-2|too large") as error:
+            save_checkpoint(tmp_path, 2, policy, optimizer, None, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(error.value) and last_checkpoint(tmp_path, {})[0] == 1
 
 
 def test_updates_without_a_finite_gradient_are_counted(monkeypatch):

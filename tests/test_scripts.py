@@ -133,6 +133,69 @@ def test_nothing_that_is_there_is_overwritten(monkeypatch, capsys, run):
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
+def test_a_stage_whose_directory_was_deleted_may_be_made_again(monkeypatch, capsys, run, tmp_path):
+    """The refusal says "or delete it"; run.json alone kept refusing."""
+    copy = shutil.copytree(run[0], tmp_path / "run")
+    shutil.rmtree(copy / "grpo")
+    code, text = fails(monkeypatch, capsys, "eval", "--run", copy)
+    assert code == 1 and "no finished GRPO" in text
+    script("grpo.py", "--run", copy, *GRPO[2:])
+    assert (copy / "grpo" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name, flags", [("warmup", []), ("grpo", []), ("eval", []), ("relay", ["why?"])])
+def test_a_run_that_cannot_be_is_found_before_any_work(monkeypatch, capsys, tmp_path, name, flags):
+    """Hours of training that ended in "not a directory"."""
+    (tmp_path / "file").write_text("")
+    code, text = fails(monkeypatch, capsys, name, "--run", tmp_path / "file", *flags)
+    assert code == 1 and str(tmp_path / "file") in text
+
+
+def test_a_run_json_of_something_else_is_named(monkeypatch, capsys, tmp_path):
+    """An object without stages was a KeyError."""
+    (tmp_path / "run.json").write_text("{}")
+    code, text = fails(monkeypatch, capsys, "grpo", "--run", tmp_path)
+    assert code == 1 and "run.json" in text
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("eval", ["--repeat", "2", "--temperature", "0"]), ("grpo", ["--variant", "b", "--gpus", "2", "--batch-scenarios"]),
+    ("grpo", ["--variant", "b", "--gpus", "4", *GRPO[2:]]), ("grpo", ["--pass-rate", "7"])])
+def test_arguments_that_do_not_go_together_are_exit_code_2(monkeypatch, capsys, run, name, flags):
+    """32 equal greedy answers cost a day; a fault that each process reports is a page."""
+    code, text = fails(monkeypatch, capsys, name, "--run", run[0], *flags)
+    assert code == 2 and text.startswith(f"{name}.py: ")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to"), RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to")])
+def test_too_little_memory_is_one_line_that_says_what_to_make_smaller(monkeypatch, error):
+    """Each allocator has a traceback of its own."""
+    def main():
+        raise error
+    with pytest.raises(SystemExit, match="out of memory; try a smaller --batch"):
+        run_script(main)
+
+
+def test_the_table_takes_every_variant_of_the_run(monkeypatch, capsys, run, tmp_path):
+    """--variant takes any name; only five were looked for."""
+    copy = shutil.copytree(run[0], tmp_path / "run")
+    script("grpo.py", "--run", copy, "--variant", "mine", "--no-teacher", *GRPO[2:])
+    out = script("eval.py", "--run", copy, *EVAL, "--rows", "--all")
+    rows = {row["method"]: row for row in json.loads((copy / "eval" / "results.json").read_text())}
+    assert rows["mine"]["rho"] == 0 and "simple_reward is missing; make it" in out
+
+
+def test_a_question_can_be_piped_in_and_many_be_typed(run):
+    """A pipe was not read where the run is a toy; one bad line ended an interactive session."""
+    def answer(text, *flags):
+        return subprocess.run([sys.executable, HERE / "relay.py", "--run", run[0], "--max-new-tokens", "5", *flags],
+                              input=text, capture_output=True, text=True, encoding="utf-8", timeout=170)
+    assert answer("What does Amy pay?\n").stdout.startswith("What does Amy pay?\n")
+    out = answer("Who?\n" + "why? " * 1000 + "\nWhen?\n", "--interactive")
+    assert out.returncode == 0 and out.stdout.count("by the LLM") == 2 and "context holds" in out.stdout
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
 def test_a_full_disk_is_one_line_and_loses_nothing(run, tmp_path):
     """Hours of training ended in a traceback, with half a model where the last whole checkpoint had been."""
@@ -201,6 +264,41 @@ def test_the_worked_groups_of_the_readme_are_what_the_code_computes():
         got = rewards(right, rho > 0, rho)
         assert got.tolist() == pytest.approx([float(cell) for cell in reward[1:]])
         assert advantages(got).tolist() == pytest.approx([float(cell) for cell in advantage[1:]], abs=0.006)
+
+
+def test_the_readme_quotes_messages_and_metrics_as_they_are(run):
+    """Who searches for a message by its words must find it, and every figure of a step have its meaning."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    code = "".join(file.read_text(encoding="utf-8") for file in HERE.glob("*.py"))
+    code = re.sub(r'"\n\s*f?"', "", code)                              # texts that go on in the next line
+    wrong = readme.split("## When something goes wrong")[1].split("\n## ")[0]
+    messages = [part.strip() for cell in re.findall(r"^\| (.*?) \|", wrong, re.M)
+                for text in re.findall("`([^`]+ [^`]+)`", cell) for part in text.split("...") if part.strip()]
+    assert len(messages) >= 8 and not [text for text in messages if text not in code]
+    metrics = readme.split("## The metrics of GRPO")[1].split("\n## ")[0]
+    keys = {key for line in (run[0] / "grpo" / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
+    assert keys == set(re.findall("`([a-z_]+)`", "".join(re.findall(r"^\| (`.*?) \|", metrics, re.M))))
+
+
+def test_the_exercises_of_the_readme_name_lines_that_exist():
+    """An exercise that breaks a line which is no longer there cannot be done."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    exercises = re.findall(r"^   - (\w+\.py), `([\w.]+)`", readme, re.M)
+    assert len(exercises) == 7
+    for file, place in exercises:
+        assert re.search(rf"(def|class) {place.split('.')[-1]}\b", (HERE / file).read_text(encoding="utf-8")), place
+
+
+@pytest.mark.parametrize("name", ["warmup", "grpo", "eval", "relay"])
+def test_help_starts_with_an_example_that_the_script_takes(monkeypatch, capsys, name):
+    """The first thing that a user copies."""
+    with pytest.raises(SystemExit):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+        importlib.import_module(name).main()
+    said = capsys.readouterr().out
+    assert re.match(rf"usage: python {name}\.py \S", said) and "on which machine:" in said
+    flags = set(re.findall(r"--[a-z-]+", said.splitlines()[0]))
+    assert flags <= set(re.findall(r"^ +(--[a-z-]+)", said, re.M))
 
 
 QWEN3 = {  # hidden, ffn, layers, heads, tied: from the published config.json files

@@ -15,7 +15,7 @@ import warmup
 from data import (COMMON, GPT2_SPLIT, PEOPLE, PRICE, RARE, UNSEEN, Tokenizer, regex, save_toy_tokenizer, split_of,
                   toy_questions, with_asides)
 from model import Transformer, parse_config
-from relay import COMMAND, Rollout, command, correct, without_commands
+from relay import COMMAND, Rollout, command, is_right, without_commands
 from warmup import Example, adamw, apply_gradient, insert_commands, micro_batches, pack, supervised_step, token_logprobs
 
 KNOWN = torch.tensor([True] * 20 + [False] + [True] * 9)       # 30 ids, one of which nobody has; the model has 37
@@ -369,7 +369,7 @@ def rollout(tokenizer, text, end="eos"):
 def test_every_worked_solution_is_right_by_the_strict_check(tokenizer, unreliable):
     """Arithmetic on one side of the toy only would make the best model wrong; so would a full stop behind the box."""
     for question in some_questions(n=400, unreliable=unreliable):
-        assert correct(question, rollout(tokenizer, question.solution), tokenizer)
+        assert is_right(question, rollout(tokenizer, question.solution), tokenizer)
         for left, sign, right, value in re.findall(r"(\d+) ([*+-]) (\d+) = (\d+)", question.solution):
             a, b = int(left), int(right)
             assert {"*": a * b, "+": a + b, "-": a - b}[sign] == int(value)
@@ -378,12 +378,12 @@ def test_every_worked_solution_is_right_by_the_strict_check(tokenizer, unreliabl
 def test_the_strict_check_wants_the_answer_last_and_the_text_ended(tokenizer):
     """Babble after the answer makes rho smaller for nothing: reward without a use."""
     question = some_questions(n=1)[0]
-    assert not correct(question, rollout(tokenizer, question.solution + " So"), tokenizer)
-    assert not correct(question, rollout(tokenizer, question.solution, end="length"), tokenizer)
+    assert not is_right(question, rollout(tokenizer, question.solution + " So"), tokenizer)
+    assert not is_right(question, rollout(tokenizer, question.solution, end="length"), tokenizer)
     wrong = question.solution.replace(f"{{{question.answer}}}", f"{{{int(question.answer) + 1}}}")
-    assert not correct(question, rollout(tokenizer, wrong), tokenizer)
+    assert not is_right(question, rollout(tokenizer, wrong), tokenizer)
     called = question.solution.replace(" So", command(1) + " So", 1)
-    assert correct(question, rollout(tokenizer, called), tokenizer)
+    assert is_right(question, rollout(tokenizer, called), tokenizer)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
