@@ -546,19 +546,16 @@ def checkpoint_tensors(model):
     return tensors
 
 
-def shards(index):
-    """The files that model.safetensors.index.json names."""
+def weight_files(path):
+    """model.safetensors, or else the shards that model.safetensors.index.json names."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.exists() or not index.exists():
+        return [single]
     names = read_json(index).get("weight_map")
     fine = lambda name: isinstance(name, str) and name == os.path.basename(name) and name.endswith(".safetensors")
     if not isinstance(names, dict) or not all(map(fine, names.values())):
         raise ValueError(f"{index}: weight_map must map tensors to safetensors files of the same directory")
-    return [index.with_name(name) for name in sorted(set(names.values()))]
-
-
-def weight_files(path):
-    """model.safetensors, or else the shards."""
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    return shards(index) if index.exists() and not single.exists() else [single]
+    return [path / name for name in sorted(set(names.values()))]
 
 
 def as_bytes(tensor):
@@ -639,6 +636,7 @@ def save(model, path, source=None):
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
+    stale = {*weight_files(path), path / "model.safetensors.index.json"} - {path / "model.safetensors"}
     tensors = {name: t.detach() for name, t in checkpoint_tensors(model).items()}
     header, offset = {}, 0
     for name, t in tensors.items():
@@ -663,8 +661,5 @@ def save(model, path, source=None):
                   tie_word_embeddings=model.config.tied)   # where it is absent, transformers expects an lm_head
     config.pop("torch_dtype", None)             # the older name of dtype
     write_beside(path / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode() + b"\n"))
-    index = path / "model.safetensors.index.json"
-    if index.exists():                          # what was there before in shards is another model now
-        for file in shards(index):
-            file.unlink(missing_ok=True)
-        index.unlink()
+    for file in stale:                          # what was there before in shards is another model now
+        file.unlink(missing_ok=True)
