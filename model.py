@@ -420,10 +420,11 @@ def parse_config(raw, path):
     if kind not in FAMILIES:
         raise ValueError(f"{path}: model_type {kind!r} is not supported (supported: {', '.join(FAMILIES)})")
 
-    def number(key, default=None, kinds=(int,)):
-        value = raw.get(key)
+    def number(key, default=None, kinds=int, values=raw):
+        value = values.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 2**24:
+        most = 2**24 if kinds is int else 1e30
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < most:
             raise ValueError(f"{path}: {key} is {value!r}, not a positive number")
         return value
 
@@ -435,8 +436,7 @@ def parse_config(raw, path):
     if not isinstance(rope["rope_type"], str) or rope["rope_type"] not in needs:
         raise ValueError(f"{path}: rope type {rope['rope_type']!r} is not supported (supported: {', '.join(needs)})")
     for key in needs[rope["rope_type"]]:
-        if type(rope.get(key)) not in (int, float) or not 0 < rope[key] < 1e30:
-            raise ValueError(f"{path}: rope setting {key} is {rope.get(key)!r}, not a positive number")
+        number(key, kinds=(int, float), values=rope)
     if rope["rope_type"] == "llama3" and not rope["high_freq_factor"] > rope["low_freq_factor"]:
         raise ValueError(f"{path}: high_freq_factor must exceed low_freq_factor")
     kinds = raw.get("layer_types") or []
@@ -444,25 +444,21 @@ def parse_config(raw, path):
         raise ValueError(f"{path}: only full attention in every layer is supported (use_sliding_window, layer_types)")
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported (supported: silu)")
-    theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < 1e30:
-        raise ValueError(f"{path}: rope_theta is {theta!r}, not a positive number")
     heads, hidden = number("num_attention_heads"), number("hidden_size")
     attention_bias = bool(raw.get("attention_bias", False))
     config = Config(
         vocab_size=number("vocab_size"), hidden=hidden, ffn=number("intermediate_size"),
         layers=number("num_hidden_layers"), heads=heads, kv_heads=number("num_key_value_heads", heads),
         head_dim=number("head_dim", max(hidden // heads, 1)), context=number("max_position_embeddings", 2048),
-        rope_theta=float(theta), rope_scaling=None if rope["rope_type"] == "default" else rope,
+        rope_theta=float(number("rope_theta", 10000.0, (int, float), rope if rope.get("rope_theta") else raw)),
+        rope_scaling=None if rope["rope_type"] == "default" else rope,
         norm_eps=float(number("rms_norm_eps", 1e-6, (int, float))),
         qkv_bias=attention_bias or kind == "qwen2",       # Qwen2 always has them, and its config does not say so
         o_bias=attention_bias and kind != "qwen2", mlp_bias=bool(raw.get("mlp_bias", False)),
         qk_norm=kind == "qwen3", tied=bool(raw.get("tie_word_embeddings", False)), raw=raw)
-    if config.layers > 1000:
-        raise ValueError(f"{path}: num_hidden_layers is {config.layers}")
-    if config.heads % config.kv_heads or config.head_dim % 2:
-        raise ValueError(f"{path}: {config.heads} heads, {config.kv_heads} key/value heads of {config.head_dim} "
-                         "do not fit together")
+    if config.layers > 1000 or config.heads % config.kv_heads or config.head_dim % 2:
+        raise ValueError(f"{path}: {config.layers} layers, {config.heads} heads, {config.kv_heads} key/value heads of "
+                         f"{config.head_dim} do not fit together")
     return config
 
 
