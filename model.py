@@ -511,13 +511,9 @@ def read_safetensors(path):
         else:
             flat = torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=start + begin)
             tensors[name] = flat.view(shape)
-    filled = 0
-    for begin, end in sorted(spans):
-        if begin != filled:
-            raise fault(f"tensors overlap or leave a hole at byte {min(begin, filled)} of the data")
-        filled = end
-    if filled != size - start:
-        raise fault(f"{size - start - filled} bytes after the last tensor")
+    spans.sort()
+    if [begin for begin, _ in spans] + [size - start] != [0] + [end for _, end in spans]:
+        raise fault("its tensors overlap, leave a hole, or end before the file does")
     return tensors
 
 
