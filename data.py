@@ -242,21 +242,15 @@ class Tokenizer:
         same last pair. Hence the two agree once tiktoken is given just the tokens that the list can complete, each
         ranked by the place of its last pair in the list.
         """
-        pairs, last = {}, {}  # pairs: (left bytes, right bytes) -> place; last: token -> its last pair
+        pairs = {}  # (left bytes, right bytes) -> place in the list
         for place, merge in enumerate(merges):
             merge = merge.split(" ") if isinstance(merge, str) else merge
             self._need(isinstance(merge, list) and len(merge) == 2 and all(isinstance(part, str) for part in merge)
                        and merge[0] in spelled and merge[1] in spelled and merge[0] + merge[1] in spelled,
                        f"merge {place} is not a pair of tokens that make a token")
             pairs[spelled[merge[0]], spelled[merge[1]]] = place
-        for left, right in pairs:
-            known = (len(left) == 1 or left in last) and (len(right) == 1 or right in last)
-            if known and meet(left, right, pairs, last):
-                last[left + right] = left, right
-        for left, right in pairs:  # of a list out of the order in which it was learnt; no published one is
-            if left + right not in last:
-                last[left + right] = last_pair(left + right, pairs)
-        tokens = sorted((token for token in last if last[token]), key=lambda token: pairs[last[token]])
+        places = {left + right: pairs.get(last_pair(left + right, pairs)) for left, right in pairs}
+        tokens = sorted((token for token in places if places[token] is not None), key=places.get)
         self._ranks = {token: rank for rank, token in enumerate([bytes([b]) for b in range(256)] + tokens)}
         self._bpe = tiktoken.Encoding("bpe", pat_str="", mergeable_ranks=self._ranks, special_tokens={})
 
@@ -358,35 +352,17 @@ class Tokenizer:
         return None if self._ranks == other._ranks else "the merges differ"
 
 
-def meet(left, right, pairs, last):
-    """Whether merging the bytes of left + right ever comes to the two tokens `left` and `right` side by side.
-
-    It does unless an earlier merge crosses the border between them. Walks back in time: of the two tokens at the
-    border the one that was completed later falls apart, and its nearer half must not have gone with the other side.
-    """
-    while len(left) > 1 or len(right) > 1:
-        left_place = pairs[last[left]] if len(left) > 1 else -1
-        right_place = pairs[last[right]] if len(right) > 1 else -1
-        if left_place > right_place:
-            left = last[left][1]
-        else:
-            right = last[right][0]
-        crossing = pairs.get((left, right), math.inf)
-        if crossing < left_place or crossing <= right_place:  # of equal ranks the pair further left goes first
-            return False
-    return True
-
-
 def last_pair(token, pairs):
-    """The pair that completes a token, by merging its bytes from the start; None if the merges cannot make it."""
+    """The two parts that complete a token, by merging its bytes from the start; None if the merges cannot make it."""
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
         places = [pairs.get(pair, math.inf) for pair in zip(parts, parts[1:])]
-        i = places.index(min(places))
-        if places[i] == math.inf:
+        place = min(places)
+        if place == math.inf:
             return None
+        i = places.index(place)
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
-    return tuple(parts) if tuple(parts) in pairs else None
+    return tuple(parts)
 
 
 def cut(pattern, text, gaps, prefix):
