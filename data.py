@@ -153,9 +153,11 @@ class Tokenizer:
         self._need(self._file.exists(), f"missing; a byte-level BPE tokenizer is needed{old}")
         spec = read_json(self._file)
         settings = read_json(path / "tokenizer_config.json", {})
+        normalizer = spec.get("normalizer")
+        normalizer = normalizer.get("type") if isinstance(normalizer, dict) else normalizer
+        self._need(normalizer in (None, "NFC"), f"normalizer {normalizer!r} is not supported (only NFC is)")
         # transformers gives Qwen its NFC even where a converted tokenizer.json has lost it
-        qwen = str(settings.get("tokenizer_class")).startswith("Qwen2Tokenizer")
-        self._nfc = self._read_normalizer(spec.get("normalizer")) or qwen
+        self._nfc = normalizer == "NFC" or str(settings.get("tokenizer_class")).startswith("Qwen2Tokenizer")
         self._splits = self._read_splits(spec.get("pre_tokenizer"))
         self._read_vocabulary(spec.get("model"), spec.get("added_tokens") or [])
         self._read_chat(path, settings)
@@ -166,16 +168,8 @@ class Tokenizer:
         if not fine:
             raise ValueError(f"{self._file}: {fault}")
 
-    def _read_normalizer(self, spec):
-        """Whether text is brought to Unicode's composed form first (é as one character)."""
-        kind = spec.get("type") if isinstance(spec, dict) else spec
-        if kind == "Sequence" and isinstance(spec.get("normalizers"), list):
-            return any([self._read_normalizer(part) for part in spec["normalizers"]])
-        self._need(kind in (None, "NFC"), f"normalizer {kind!r} is not supported (only NFC is)")
-        return kind == "NFC"
-
     def _read_splits(self, spec):
-        """The pre-tokenizer as a list of (pattern, keep what lies between matches, prefix a space), applied in turn."""
+        """The pre-tokenizer as a list of patterns, applied in turn: each cuts out its matches and what lies between."""
         spec = spec if isinstance(spec, dict) else {}
         parts = spec.get("pretokenizers") if spec.get("type") == "Sequence" else [spec]
         whole = isinstance(parts, list) and parts and all(isinstance(part, dict) for part in parts)
@@ -183,20 +177,18 @@ class Tokenizer:
                    "a pre-tokenizer that does not end in ByteLevel is not supported")
         splits = []
         for part in parts:
-            kind, pattern, gaps, prefix = part.get("type"), None, True, False
+            kind, pattern = part.get("type"), None
             if kind == "Digits":
                 pattern = r"\p{N}" if part.get("individual_digits") else r"\p{N}+"
             elif kind == "Split" and isinstance(part.get("pattern"), dict):
-                pattern = part["pattern"].get("Regex", regex.escape(str(part["pattern"].get("String"))))
-                how = part.get("behavior"), bool(part.get("invert"))
-                self._need(how[0] == "Isolated" or how == ("Removed", True), f"Split with {how[0]!r} is not supported")
-                gaps = how[0] == "Isolated"
+                pattern, how = part["pattern"].get("Regex"), part.get("behavior")
+                self._need(how == "Isolated", f"Split with {how!r} is not supported")
             elif kind == "ByteLevel" and part is parts[-1]:
                 pattern = GPT2_SPLIT if part.get("use_regex", True) else "(?s:.+)"
-                prefix = part.get("add_prefix_space", True)
+                self._need(not part.get("add_prefix_space", True), "add_prefix_space is not supported")
             self._need(isinstance(pattern, str), f"pre-tokenizer {kind!r} is not supported, or lacks its pattern")
             try:
-                splits.append((regex.compile(pattern), gaps, prefix))
+                splits.append(regex.compile(pattern))
             except (regex.error, RecursionError) as error:
                 self._need(False, f"pre-tokenizer pattern {pattern[:40]!r} cannot be read ({error})")
         return splits
@@ -285,11 +277,11 @@ class Tokenizer:
             raise ValueError(f"{path / 'config.json'}: names no end-of-text token (eos_token_id)")
         self.end_ids.add(self.end_id)
 
-    def _encode(self, text, exact):
-        """exact: no prefix space, so that the tokens' bytes are the text's."""
+    def _encode(self, text):
+        """Ids of text that is normalised: cut into pieces, and each merged."""
         pieces, ids = [text], []
-        for pattern, gaps, prefix in self._splits:
-            pieces = [part for piece in pieces for part in cut(pattern, piece, gaps, prefix and not exact)]
+        for pattern in self._splits:
+            pieces = [part for piece in pieces for part in cut(pattern, piece)]
         for piece in pieces:
             found = self._cache.get(piece)
             if found is None:
@@ -310,14 +302,14 @@ class Tokenizer:
     def encode(self, text):
         """Text to a list of ids. Text that spells a special or added token stays text."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a surrogate pair: no UTF-8
-        return self._encode(unicodedata.normalize("NFC", text) if self._nfc else text, exact=False)
+        return self._encode(unicodedata.normalize("NFC", text) if self._nfc else text)
 
     def encode_bytes(self, data):
         """Ids whose bytes, one after the other, are exactly `data`: nothing is normalised, broken UTF-8 stays."""
         ids = []
         for part in re.split("([\udc80-\udcff]+)", data.decode("utf-8", "surrogateescape")):
             broken = "\udc80" <= part < "\ue000"  # bytes that are no UTF-8, as surrogates
-            ids += self._merge(part.encode("utf-8", "surrogateescape")) if broken else self._encode(part, exact=True)
+            ids += self._merge(part.encode("utf-8", "surrogateescape")) if broken else self._encode(part)
         return ids
 
     def decode(self, ids):
@@ -365,19 +357,10 @@ def last_pair(token, pairs):
     return tuple(parts)
 
 
-def cut(pattern, text, gaps, prefix):
-    """Cut text into the pattern's matches and (gaps) what lies between them; prefix: a space goes first."""
-    if prefix and text and not text.startswith(" "):
-        text = " " + text
-    parts, end = [], 0
-    for match in pattern.finditer(text):
-        start, stop = match.span()
-        if gaps and start > end:
-            parts.append(text[end:start])
-        if stop > start:
-            parts.append(text[start:stop])
-        end = stop
-    return parts + [text[end:]] if gaps and end < len(text) else parts
+def cut(pattern, text):
+    """Cut text into the pattern's matches and what lies between them."""
+    borders = [0, *(at for match in pattern.finditer(text) for at in match.span()), len(text)]
+    return [text[start:end] for start, end in zip(borders, borders[1:]) if start < end]
 
 
 def chat_format(template):

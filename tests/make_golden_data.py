@@ -172,9 +172,8 @@ def smollm():
 
 
 def odd():
-    """Legal, and unlike any published one: merges as strings and out of order, ids shuffled, a prefix space."""
-    spec = train(pre_tokenizers.ByteLevel(add_prefix_space=True), ["<|endoftext|>"],
-                 normalizers.Sequence([normalizers.NFC()]))
+    """Legal, and unlike any published one: merges as strings and out of order, ids shuffled."""
+    spec = train(pre_tokenizers.ByteLevel(add_prefix_space=False), ["<|endoftext|>"], normalizers.NFC())
     model, chance = spec["model"], random.Random(0)
     ids = [i + 7 * (i > 300) for i in range(len(model["vocab"]))]
     chance.shuffle(ids)
