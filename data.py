@@ -248,14 +248,9 @@ class Tokenizer:
 
     def _read_chat(self, path, settings):
         """self._chat: (text before the user's, text after it, strip the user's); or a line that says what is wrong."""
-        file, template = path / "chat_template.jinja", None
+        file, template = path / "chat_template.jinja", settings.get("chat_template")
         if file.exists():
             template = file.read_text(encoding="utf-8", errors="replace")
-        for source in (settings, read_json(path / "chat_template.json", {})):
-            template = source.get("chat_template") if template is None else template
-        if isinstance(template, list):
-            named = [t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"]
-            template = named[0] if named else None
         self._chat, self._end_of_turn = chat_format(str(template or ""))
         if template is None:
             self._chat = f"{path}: no chat template (chat_template.jinja or tokenizer_config.json)"
