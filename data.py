@@ -27,7 +27,6 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import zip_longest
 from pathlib import Path
 
 import regex  # tiktoken's own dependency: \p{L}, and no stack to overflow on a long run of one character
@@ -329,7 +328,7 @@ class Tokenizer:
     def difference(self, other):
         """None if the two have one vocabulary, one order of merges and the same added tokens; else a short phrase."""
         ours, theirs = ([data if known else None for data, known in zip(t.token_bytes, t.known)] for t in (self, other))
-        for i, (a, b) in enumerate(zip_longest(ours, theirs)):
+        for i, (a, b) in enumerate(itertools.zip_longest(ours, theirs)):
             if a != b:
                 a, b = ("missing" if x is None else repr(x.decode("utf-8", "backslashreplace"))[:40] for x in (a, b))
                 return f"token {i} is {a} here and {b} there"
@@ -688,9 +687,8 @@ def same_value(given, gold):
         a, b = evaluate(given, point), evaluate(gold, point)
         if a is None or b is None:
             return False
-        if isinstance(a, Fraction) and isinstance(b, Fraction) and "." not in given + gold:
-            if a != b:
-                return False
+        if isinstance(a, Fraction) and isinstance(b, Fraction) and "." not in given + gold and a != b:
+            return False
         gap, size = abs(complex(a) - complex(b)), abs(complex(b))
         if not gap <= max(1e-9 * size, min(5e-7, 2e-6 * size)):  # nan is equal to nothing
             return False
@@ -714,7 +712,7 @@ def evaluate(text, point):
     A letter or an unknown command is a variable: a fixed number, another one at each point (0, 1, 2).
     """
     try:
-        return Formula(text, point).value()
+        return Formula(text, point).group({""})
     except (ValueError, ArithmeticError, RecursionError):
         return None
 
@@ -729,9 +727,6 @@ class Formula:
 
     def __init__(self, text, point):
         self.tokens, self.at, self.depth, self.point = self.TOKEN.findall(text[:1000]) + [""], 0, 0, point
-
-    def value(self):
-        return self.group({""})
 
     def take(self, wanted):
         """The next token, if it is one of these; "" if not."""
