@@ -43,7 +43,7 @@ class Question:
     text: str
     answer: str
     kind: str = ""        # toy: "common", "rare", or "unseen": rare, and not named in training
-    solution: str = ""    # a worked solution
+    solution: str = ""    # toy: a worked solution
     fact: str = ""        # the text of the fact that the small model lacks
     strict: bool = False  # the response must end by its end-of-text token right after the answer
 
@@ -511,15 +511,11 @@ def read_question(row):
     if isinstance(row.get("context"), str):  # OlympiadBench
         problem = row["context"] + "\n" + problem
 
-    solution = row.get("solution")
-    solution = solution[0] if isinstance(solution, list) and solution else solution
-    solution = solution if isinstance(solution, str) else ""
-    reward = row.get("reward_model")
     answer = first(row, "answer", "final_answer", "expected_answer", "ground_truth")
-    if answer is None and isinstance(reward, dict):
-        answer = reward.get("ground_truth")
-    if answer is None:
-        answer = last_boxed(solution)  # Minerva
+    if answer is None and isinstance(row.get("reward_model"), dict):
+        answer = row["reward_model"].get("ground_truth")
+    if answer is None and isinstance(row.get("solution"), str):
+        answer = last_boxed(row["solution"])  # Minerva
     if isinstance(answer, list):  # OlympiadBench: one string that lists several, or several strings
         answer = ", ".join(str(part) for part in answer)
     options = first(row, "options", "choices")
@@ -530,11 +526,9 @@ def read_question(row):
         answer = letters[index] if type(index) is int and 0 <= index < len(letters) else index
     if type(answer) not in (str, int, float) or not str(answer).strip():
         raise ValueError("no answer under answer, final_answer, reward_model.ground_truth or in a solution's \\boxed{}")
-    answer = str(answer)
-    if "####" in answer:  # GSM8K: reasoning, then the number
-        solution, answer = answer.rsplit("####", 1)
+    answer = str(answer).rsplit("####")[-1]  # GSM8K: reasoning, then the number
     kind = first(row, "subject", "subfield", "category", "type", "data_source")
-    return Question(f"{problem}\n{INSTRUCTION}", answer.strip(), str(kind or ""), solution.strip())
+    return Question(f"{problem}\n{INSTRUCTION}", answer.strip(), str(kind or ""))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ that helps. Both are the decoder-only transformer of the Llama and Qwen families
     x = embed(tokens)
     for each layer:   x = x + attention(rms_norm(x))        grouped-query attention with rotary positions
                       x = x + swiglu(rms_norm(x))
-    logits = head(rms_norm(x))
+    logits = head(rms_norm(x))                              rms_norm(x) = x / rms(x) * weight, the mean in float32
 
 A relay makes one unusual demand on it. Its rows stop, wait for the other model and go on, each at its own moment, so
 every row of a batch has its own length and its own number of new tokens. The KV cache below is written for that: a
@@ -93,17 +93,6 @@ def rope_frequencies(config):
     return keep * freq + (1 - keep) * freq / scaling["factor"]
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis (arXiv 1910.07467, eq. 4), the mean taken in float32 or better."""
-
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 class Grid(NamedTuple):
     """Sequences without padding, for learning: N tokens in one list, and how they stand in rows for attention.
 
@@ -125,12 +114,12 @@ class Layer(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.attn_norm = RMSNorm(c.hidden, c.norm_eps)
+        self.attn_norm = nn.RMSNorm(c.hidden, c.norm_eps)
         self.qkv = nn.Linear(c.hidden, (c.heads + 2 * c.kv_heads) * c.head_dim, bias=c.qkv_bias)
         if c.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
+            self.q_norm, self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps), nn.RMSNorm(c.head_dim, c.norm_eps)
         self.out = nn.Linear(c.heads * c.head_dim, c.hidden, bias=c.o_bias)
-        self.ffn_norm = RMSNorm(c.hidden, c.norm_eps)
+        self.ffn_norm = nn.RMSNorm(c.hidden, c.norm_eps)
         self.gate_up = nn.Linear(c.hidden, 2 * c.ffn, bias=c.mlp_bias)
         self.down = nn.Linear(c.ffn, c.hidden, bias=c.mlp_bias)
 
@@ -178,7 +167,7 @@ class Transformer(nn.Module):
         # nn.Embedding() draws its weights, which on load()'s meta device imports torch's compiler: 66 MB, two seconds.
         self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden), freeze=False)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.hidden, config.norm_eps)
+        self.norm = nn.RMSNorm(config.hidden, config.norm_eps)
         if not config.tied:
             self.head = nn.Linear(config.hidden, config.vocab_size, bias=False)
         self.checkpointing = False  # True: recompute each layer in the backward pass instead of keeping its insides
