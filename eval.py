@@ -224,17 +224,17 @@ def where_calls_happen(questions, rollouts, tokenizer, repeat):
 
 def as_text(rows):
     """results.json as the table that is printed."""
-    head = f"{'method':25}{'accuracy':>9}  {'95% interval':15}{'rho':>7}{'calls':>7}{'n':>6}{'length':>8}{'cut':>6}"
+    head = f"{'method':25}{'accuracy':>9}  {'95% interval':15}{'rho':>9}{'calls':>7}{'n':>6}{'length':>8}{'cut':>6}"
     lines = [head + f"{'parameters':>12}{'time':>9}"]
     base = next((row["seconds"] for row in rows if row["method"] == "llm"), 0) or 1
     for row in rows:
         low, high = row["ci95"]
-        line = f"{row['method']:25}{row['accuracy']:9.1%}  {f'{low:.1%} - {high:.1%}':15}{row['rho']:7.2%}"
+        line = f"{row['method']:25}{row['accuracy']:9.1%}  {f'{low:.1%} - {high:.1%}':15}{row['rho']:9.2%}"
         if "length" in row:
             line += figures(row) + f"{row['parameters_a_token']:12,.0f}{row['seconds'] / base:8.2f}x"
         lines.append(line)
         for kind, part in row.get("by_kind", {}).items():
-            lines.append(f"  {kind:23}{part['accuracy']:9.1%}  {part['questions']:>5} questions{part['rho']:7.2%}"
+            lines.append(f"  {kind:23}{part['accuracy']:9.1%}  {part['questions']:>5} questions{part['rho']:9.2%}"
                          + figures(part))
     return "\n".join(lines)
 

@@ -1,4 +1,5 @@
 """What tests share: a byte tokenizer, tiny random models of each family, and a model that writes what it is told."""
+import itertools
 import json
 import random
 import struct
@@ -6,10 +7,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data import Tokenizer, save_toy_tokenizer, toy_questions  # noqa: E402
 from model import Config, Transformer, parse_config  # noqa: E402
 
 torch.set_num_threads(1)
@@ -122,3 +125,19 @@ def shuffled(items, seed):
     items = list(items)
     random.Random(seed).shuffle(items)
     return items
+
+
+@pytest.fixture(scope="session")
+def toy_directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("toy")
+    save_toy_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(toy_directory):
+    return Tokenizer(toy_directory)
+
+
+def some_questions(split="train", n=400, seed=0, **options):
+    return list(itertools.islice(toy_questions(split, random.Random(seed), **options), n))

@@ -1,19 +1,26 @@
-"""Tests of data.py: tokenizer, chat formats, benchmark files, grading (the toy problems have a file of their own).
+"""Tests of data.py: tokenizer, chat formats, benchmark files, grading, and the toy.
 
 golden/tokenizers/ holds small tokenizers of each family's shape and what transformers makes of texts with them
 (make_golden_data.py made it). Where transformers or math-verify is installed, they are asked directly. Set
 RELAYLLM_MODELS to a folder of real checkpoints to compare those, too.
 """
+import itertools
 import json
 import os
 import random
+import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 import data
-from data import INSTRUCTION, Tokenizer, grade, load_questions
+from conftest import some_questions
+from data import (COMMON, GPT2_SPLIT, INSTRUCTION, PEOPLE, PRICE, RARE, UNSEEN, Tokenizer, grade, load_questions, regex,
+                  save_toy_tokenizer, split_of, with_asides)
+from relay import Rollout, command, is_right
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizers"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))
@@ -277,8 +284,8 @@ def test_a_chat_is_what_the_template_renders(tmp_path, name, place):
 
 
 @pytest.mark.parametrize("name, family, day", [
-    ("qwen2_5", "qwen", None), ("qwen3", "qwen", None), ("qwen3_instruct_2507", "qwen", None), ("llama3", "llama", None),
-    ("llama3_1", "llama", "26 Jul 2024"), ("llama3_2", "llama", "26 Jul 2024")])
+    ("qwen2_5", "qwen", None), ("qwen3", "qwen", None), ("qwen3_instruct_2507", "qwen", None),
+    ("llama3", "llama", None), ("llama3_1", "llama", "26 Jul 2024"), ("llama3_2", "llama", "26 Jul 2024")])
 def test_a_chat_is_what_the_published_template_renders(tmp_path, name, family, day):
     """The golden formats are our own wording of the published templates. TRL ships these as they are: ask them."""
     folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
@@ -560,3 +567,139 @@ def test_grading_agrees_with_math_verify():
             theirs = math_verify.verify(math_verify.parse(f"${gold}$"), math_verify.parse(f"$\\boxed{{{given}}}$"))
             verdicts[gold, given] = theirs == grade(f"$\\boxed{{{given}}}$", gold)
     assert sum(verdicts.values()) >= 0.98 * len(verdicts), [pair for pair, fine in verdicts.items() if not fine]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The toy's questions
+
+def test_splits_are_disjoint_for_every_pair_of_seeds():
+    """The space of questions is small: with splits by seed alone evaluation asks what training has answered."""
+    texts = {split: {q.text for seed in range(5) for q in some_questions(split, 400, seed)}
+             for split in ("train", "held_out", "eval")}
+    for a, b in itertools.combinations(texts, 2):
+        assert not texts[a] & texts[b]
+    assert all(len(found) > 400 and {split_of(text) for text in found} == {split} for split, found in texts.items())
+
+
+def named(question):
+    """(the thing that a question names, its price in the worked solution)."""
+    item, = [name for name in PRICE if re.search(rf" {name}s (?:and|with) a ", question.text)]
+    return item, int(re.search(r"One costs (\d+) coins", question.solution)[1])
+
+
+def test_facts_are_the_same_for_every_seed_and_split():
+    """A model asked under another seed than it was trained with would know nothing."""
+    for seed, split in itertools.product(range(3), ("train", "held_out", "eval")):
+        for item, price in map(named, some_questions(split, 300, seed)):
+            assert price == PRICE[item]
+
+
+def test_facts_are_the_same_in_another_process():
+    """Each stage is its own process: facts from Python's own seed, or a set's order, would change in between."""
+    code = "import data; print(sorted(data.PRICE.items()), sorted(data.UNSEEN))"
+    out = subprocess.run([sys.executable, "-c", code], cwd=Path(data.__file__).parent, capture_output=True, text=True,
+                         env=dict(os.environ, PYTHONHASHSEED="7"), check=True).stdout
+    assert out.strip() == f"{sorted(PRICE.items())} {sorted(UNSEEN)}"
+
+
+def test_unseen_facts_are_never_in_training_and_do_occur_elsewhere():
+    """The evaluation row of unseen facts would measure what training has shown."""
+    assert not {named(q)[0] for q in some_questions(n=4000, unseen=False)} & UNSEEN
+    assert UNSEEN <= {named(q)[0] for q in some_questions("eval", 4000)}
+    for question in some_questions(n=500):
+        item, _ = named(question)
+        assert question.kind == ("unseen" if item in UNSEEN else "rare" if item in RARE else "common")
+
+
+def test_an_unreliable_corpus_makes_up_rare_facts_and_no_others():
+    """A common price made up would cost the SLM the questions that it is to answer alone."""
+    wrong = total = 0
+    for item, price in map(named, some_questions(n=2000, unreliable=True)):
+        if item in RARE:
+            wrong, total = wrong + (price != PRICE[item]), total + 1
+        else:
+            assert price == PRICE[item]
+    assert 0.9 < wrong / total < 1                             # by chance one price in 24 is right
+
+
+def rollout(tokenizer, text, end="eos"):
+    tokens = tokenizer.encode(text) + ([tokenizer.end_id] if end != "length" else [])
+    return Rollout([0], tokens, [False] * len(tokens), [0.0] * len(tokens), end=end)
+
+
+@pytest.mark.parametrize("unreliable", [False, True])
+def test_every_worked_solution_is_right_by_the_strict_check(tokenizer, unreliable):
+    """Arithmetic on one side of the toy only would make the best model wrong; so would a full stop behind the box."""
+    for question in some_questions(n=400, unreliable=unreliable):
+        assert is_right(question, rollout(tokenizer, question.solution), tokenizer)
+        for left, sign, right, value in re.findall(r"(\d+) ([*+-]) (\d+) = (\d+)", question.solution):
+            a, b = int(left), int(right)
+            assert {"*": a * b, "+": a + b, "-": a - b}[sign] == int(value)
+
+
+def test_the_strict_check_wants_the_answer_last_and_the_text_ended(tokenizer):
+    """Babble after the answer makes rho smaller for nothing: reward without a use."""
+    question = some_questions(n=1)[0]
+    assert not is_right(question, rollout(tokenizer, question.solution + " So"), tokenizer)
+    assert not is_right(question, rollout(tokenizer, question.solution, end="length"), tokenizer)
+    wrong = question.solution.replace(f"{{{question.answer}}}", f"{{{int(question.answer) + 1}}}")
+    assert not is_right(question, rollout(tokenizer, wrong), tokenizer)
+    called = question.solution.replace(" So", command(1) + " So", 1)
+    assert is_right(question, rollout(tokenizer, called), tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The toy's tokenizer
+
+def test_every_word_of_the_toy_with_its_space_is_one_token(tokenizer):
+    """A fact of one word must cost a call of one token."""
+    words = [f" {name}{s}" for name in COMMON + RARE for s in "s"] + [f" {n}" for n in range(1, 110)]
+    words += [f" {name}" for name in PEOPLE] + PEOPLE
+    for split in ("train", "held_out", "eval"):
+        words += {w for q in some_questions(split, 1000, 7) for w in regex.findall(GPT2_SPLIT, q.text + q.solution)}
+    assert not [word for word in words if len(tokenizer.encode(word)) != 1]
+
+
+def test_the_toy_tokenizer_gives_back_any_text(tokenizer):
+    """What was not in its corpus falls back to bytes."""
+    solutions = [q.solution for q in some_questions(n=50)]
+    for text in ("", " ", "Ünïcode 漢字 \n\n\tx", command(1234), "<|im_end|>", *solutions):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.end_id not in tokenizer.encode("<|im_end|>") and all(tokenizer.known)
+
+
+def test_the_toy_tokenizer_is_the_same_every_time(toy_directory, tmp_path):
+    """SLM and LLM get theirs from two calls; a tie broken by a set's order would make them two languages."""
+    save_toy_tokenizer(tmp_path)
+    files = sorted(path.name for path in toy_directory.iterdir())
+    assert files == sorted(path.name for path in tmp_path.iterdir())
+    assert all((toy_directory / name).read_bytes() == (tmp_path / name).read_bytes() for name in files)
+
+
+def test_the_toy_tokenizer_is_read_alike_by_transformers(toy_directory, tokenizer):
+    """The toy's directories are to be used with any other tool."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    theirs = transformers.AutoTokenizer.from_pretrained(str(toy_directory))
+    for question in some_questions(n=100):
+        text = f"{question.solution} {command(37)} <b>4</b>  naïve\n"
+        assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+        chat = theirs.apply_chat_template([dict(role="user", content=question.text)], add_generation_prompt=True,
+                                          tokenize=False)
+        assert theirs.encode(chat, add_special_tokens=False) == tokenizer.chat(question.text)
+
+
+def test_only_the_first_token_of_an_aside_is_not_learned(tokenizer):
+    """Nothing tells where an aside stands, so its first token is noise; the rest of it is what the warm-up needs."""
+    rng, counts = random.Random(5), []
+    for question in some_questions(n=300):
+        answer = tokenizer.encode(question.solution)
+        out, learn = with_asides(answer, tokenizer, rng, 0.5)
+        pieces = [tokenizer.token_bytes[t] for t in out]
+        starts = list(itertools.accumulate(map(len, pieces), initial=0))
+        asides = list(re.finditer(rb"<([biqsu])>[0-9]+</\1>", b"".join(pieces)))
+        assert [starts[i] for i, l in enumerate(learn) if not l] == [m.start() for m in asides]
+        inside = lambda i: any(m.start() <= starts[i] < m.end() for m in asides)
+        assert [t for i, t in enumerate(out) if not inside(i)] == answer and len(learn) == len(out)
+        counts.append(len(asides))
+    assert set(counts) == {0, 1, 2, 3} and counts.count(0) / 300 == pytest.approx(0.5, abs=0.1)
+    assert with_asides(answer, tokenizer, rng, 0) == (answer, [True] * len(answer))

@@ -116,7 +116,8 @@ def writer(tmp_path, monkeypatch):
     def write(marks=("a", "b"), options={}, **changes):
         ran.clear()
         answers = Answers(tmp_path / "answers.jsonl")
-        rollouts, _ = answers.write("m", slm, llm, list(marks), tokenizer, [Question(t, "1") for t in ("ab", "c", "ab")],
+        asked = [Question(text, "1") for text in ("ab", "c", "ab")]
+        rollouts, _ = answers.write("m", slm, llm, list(marks), tokenizer, asked,
                                     SimpleNamespace(**dict(ARGS, **changes)), **options)
         return rollouts, sum(ran)
 
@@ -136,8 +137,8 @@ def test_an_answer_is_written_once_and_read_back_as_it_was(writer):
     assert any(any(r.by_llm) for r in first) and len({tuple(r.tokens) for r in first}) > 2
 
 
-@pytest.mark.parametrize("changes", [dict(seed=2), dict(temperature=0.5), dict(max_new_tokens=7), dict(marks=("a", "c")),
-                                     dict(options=dict(fixed=3)), dict(options=dict(no_calls=True))])
+@pytest.mark.parametrize("changes", [dict(seed=2), dict(temperature=0.5), dict(max_new_tokens=7),
+                                     dict(marks=("a", "c")), dict(options=dict(fixed=3)), dict(options=dict(no_calls=True))])
 def test_an_answer_of_other_settings_is_never_taken_for_this_ones(writer, changes):
     """A table of last week's checkpoint under this week's name."""
     writer()

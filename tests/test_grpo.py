@@ -115,66 +115,11 @@ def test_the_clip_holds_a_ratio_back_only_where_it_would_gain():
     assert clipped.tolist() == [True, False, True, False, True]
 
 
-def test_a_huge_log_ratio_stays_finite():
-    """exp(200) is inf, and inf * 0 is NaN."""
-    loss, _ = policy_loss(torch.tensor([200.0, -200.0]), torch.zeros(2), torch.tensor([-1.0, 1.0]))
-    assert loss.isfinite().all() and k3(torch.tensor([-200.0]), torch.zeros(1)).isfinite().all()
-
-
 def test_the_kl_estimate_is_zero_with_zero_slope_where_policy_and_reference_agree():
     """k3 must not pull a policy away from a reference that it equals."""
     logprobs = torch.tensor([-1.0, -4.0], requires_grad=True)
     k3(logprobs, logprobs.detach()).sum().backward()
     assert logprobs.grad.abs().max() == 0 and k3(torch.tensor([-1.0]), torch.tensor([-2.0])) > 0
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_sampler_and_the_learner_agree_on_every_log_probability(toy, temperature):
-    """Through hand-offs, ragged rows, a temperature and a padded vocabulary: else the ratio is not 1 at the start."""
-    tokenizer, policy, _, _ = toy
-    rollouts = some_rollouts(toy, temperature)
-    with torch.no_grad():
-        learner, _ = token_logprobs(policy, examples_of(rollouts), torch.tensor(tokenizer.known), temperature)
-    sampler = [lp for r in rollouts for lp, by_llm in zip(r.logprobs, r.by_llm) if not by_llm]
-    assert (learner - torch.tensor(sampler)).abs().max() < 1e-5
-
-
-def test_the_learned_tokens_are_those_that_the_slm_sampled():
-    """The mask comes from by_llm: the LLM may well write a token that the SLM writes too."""
-    rollout = SimpleNamespace(prompt=[1, 2], tokens=[5, 5, 6], by_llm=[False, True, False])
-    assert examples_of([rollout])[0].learn == [False, False, True, False, True]
-
-
-def gradient(toy, **changes):
-    """The policy's gradient of one update with made-up advantages, which apply_gradient would have used."""
-    tokenizer, policy, reference, _ = toy
-    rollouts = some_rollouts(toy)
-    seen = {}
-    optimizer = SimpleNamespace(param_groups=[{}], zero_grad=lambda set_to_none: policy.zero_grad(), step=lambda: seen.update(
-        {name: p.grad.clone() for name, p in policy.named_parameters()}))
-    update(policy, reference, optimizer, rollouts, torch.linspace(-1, 1, len(rollouts)),
-           torch.tensor(tokenizer.known), settings(**changes))
-    return seen
-
-
-def test_the_gradient_does_not_depend_on_the_micro_batches(toy):
-    """The denominator is the token count of the whole update, not the mean of means."""
-    whole, split = gradient(toy), gradient(toy, micro_tokens=60)
-    for name in whole:
-        assert torch.allclose(whole[name], split[name], atol=1e-6), name
-    assert any(g.abs().max() > 1e-4 for g in whole.values())
-
-
-def test_an_update_without_slm_tokens_takes_no_step(toy):
-    """0 / 0 is NaN, and AdamW moves weights even at a gradient of zero."""
-    tokenizer, policy, reference, _ = toy
-    rollouts = some_rollouts(toy)
-    for r in rollouts:
-        r.by_llm = [True] * len(r.tokens)
-    before = policy.embed.weight.clone()
-    sums = update(policy, reference, adamw(policy, 1.0), rollouts, torch.ones(len(rollouts)),
-                  torch.tensor(tokenizer.known), settings())
-    assert sums["tokens"] == 0 and torch.equal(before, policy.embed.weight)
 
 
 def test_kl_and_drift_start_at_zero(toy):
@@ -406,7 +351,8 @@ def test_micro_batches_more_padding_and_order_leave_the_gradient_as_it_is(letter
     wide = torch.cat([advantage, torch.tensor([9.0])])
     order = list(reversed(range(len(rollouts))))
     for other, more in (stepped(letters, micro_tokens=1), stepped(letters, micro_tokens=40),
-                        stepped(letters, rollouts + [padding], wide), stepped(letters, rollouts + [padding], wide, micro_tokens=1),
+                        stepped(letters, rollouts + [padding], wide),
+                        stepped(letters, rollouts + [padding], wide, micro_tokens=1),
                         stepped(letters, [rollouts[i] for i in order], advantage[order])):
         assert more["tokens"] == sums["tokens"] and more["loss"] == pytest.approx(sums["loss"])
         for a, b in zip(other, whole):
@@ -553,8 +499,9 @@ def warmed_up(tmp_path):
     run = tmp_path / "run"
     for seed, name in enumerate(("slm", "llm", "warmup")):
         save_toy_tokenizer(run / name)
-        raw = dict(model_type="qwen3", vocab_size=len(Tokenizer(run / name).known), hidden_size=16, intermediate_size=32,
-                   num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True)
+        raw = dict(model_type="qwen3", vocab_size=len(Tokenizer(run / name).known), hidden_size=16,
+                   intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+                   tie_word_embeddings=True)
         save(Transformer(parse_config(raw, "tiny")).initialize(seed), run / name)
     (run / "run.json").write_text(json.dumps(dict(toy=True, stages=dict(warmup={}))))
     return run

@@ -674,7 +674,7 @@ def test_a_model_that_wrote_can_be_trained():
 
 
 def test_sampling_follows_weights_that_have_learned():
-    """Weights packed for the last step's sampling were those that the next one sampled with; an error kept them, too."""
+    """Weights packed for one step's sampling were those that the next one sampled with; an error kept them, too."""
     sizes = dict(vocab_size=WIDTHS["slm"], hidden_size=256, head_dim=64, intermediate_size=300)
     slm, later = (tiny("qwen2", seed, torch.float32, **sizes) for seed in (1, 2))
     write = lambda model, **options: relay(model, None, TOKENIZER, questions(3), max_new_tokens=9, **options)
