@@ -58,11 +58,6 @@ def rewards(correct, called, rho, solo=1.5):
     return torch.where(~solved & called, rho, reward)                        # asking was right, though in vain
 
 
-def simple_rewards(correct, rho):
-    """What the paper compares with: accuracy minus rho."""
-    return torch.as_tensor(correct).float() - torch.as_tensor(rho, dtype=torch.float32)
-
-
 def advantages(rewards, scale=True):
     """(r - mean) / (std + 1e-6) over each group, the last axis (GRPO, arXiv 2402.03300, section 4.1; unbiased std).
 
@@ -181,8 +176,8 @@ def score(questions, groups, tokenizer, args):
     if args.rho_asked:
         asked = lambda r: min(1.0, sum(c.asked for c in r.calls) / len(r.tokens))
         rho = torch.tensor([[asked(r) for r in group] for group in groups])
-    if args.reward == "simple":
-        return right, called, simple_rewards(right, rho)
+    if args.reward == "simple":               # what the paper compares with
+        return right, called, right.float() - rho
     if args.batch_scenarios:
         return right, called, rewards(right.flatten(), called.flatten(), rho.flatten()).view(right.shape)
     return right, called, rewards(right, called, rho)

@@ -20,8 +20,7 @@ import torch
 import grpo
 from conftest import ByteTokenizer, tiny
 from data import Tokenizer, save_toy_tokenizer, toy_questions
-from grpo import (advantages, examples_of, k3, last_checkpoint, policy_loss, rewards, save_checkpoint, simple_rewards,
-                  update)
+from grpo import advantages, examples_of, k3, last_checkpoint, policy_loss, rewards, save_checkpoint, update
 from model import Config, Transformer, load, parse_config, save
 from relay import Call, Rollout, command, entropy, log_softmax, relay, small_models
 from warmup import adamw, join_processes, token_logprobs, warm_up
@@ -81,11 +80,6 @@ def test_the_scenario_belongs_to_the_group_and_not_to_the_batch():
     called = [[False, True], [True, False], [False, True]]
     rho = torch.tensor([[0, 0.5], [0.5, 0], [0, 0.5]])
     assert rewards(right, called, rho).tolist() == [[1.5, 0], [0.5, -1], [0, 0.5]]
-
-
-def test_the_simple_reward_is_accuracy_minus_rho():
-    """The rival reward of the paper."""
-    assert simple_rewards([True, False], torch.tensor([0.25, 0.5])).tolist() == [0.75, -0.5]
 
 
 def test_advantages_are_centred_and_divided_by_the_unbiased_std():
