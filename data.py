@@ -441,11 +441,8 @@ def save_toy_tokenizer(path):
                   normalized=False) for i, text in enumerate(special)]
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=True)
     files = {
-        "tokenizer.json": dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None,
-                               pre_tokenizer=byte_level, post_processor=None, decoder=byte_level,
-                               model=dict(type="BPE", dropout=None, unk_token=None, fuse_unk=False, byte_fallback=False,
-                                          continuing_subword_prefix=None, end_of_word_suffix=None, ignore_merges=False,
-                                          vocab={write(t): i for i, t in enumerate(tokens)},
+        "tokenizer.json": dict(version="1.0", added_tokens=added, pre_tokenizer=byte_level, decoder=byte_level,
+                               model=dict(type="BPE", vocab={write(t): i for i, t in enumerate(tokens)},
                                           merges=[[write(a), write(b)] for a, b in merges])),
         "tokenizer_config.json": dict(tokenizer_class="PreTrainedTokenizerFast", eos_token="<|im_end|>",
                                       pad_token="<|endoftext|>", chat_template=CHATML),

@@ -15,6 +15,7 @@ Left out: a value network (the group's mean is the baseline), a reference that i
 model is what must not be lost), a server for sampling (one process holds both models: no weights need to travel).
 """
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -23,7 +24,6 @@ import re
 import shutil
 import sys
 import time
-from functools import lru_cache
 
 import torch
 from tqdm import tqdm
@@ -385,18 +385,12 @@ class Signals:
             raise KeyboardInterrupt
 
 
-def pick(questions, i, seed):
-    """The i-th question of training: every pass over the pool in its own order."""
-    epoch, place = divmod(i, len(questions))
-    return questions[epoch_order(len(questions), seed, epoch)[place]]
-
-
-@lru_cache(maxsize=2)     # shuffled once a pass, not once a question
-def epoch_order(n, seed, epoch):
-    """The order of a pass over n questions."""
-    order = list(range(n))
-    random.Random(f"order {seed} {epoch}").shuffle(order)
-    return order
+def endless(questions, seed):
+    """The questions of training, one by one: every pass over the pool in its own order."""
+    for epoch in itertools.count():
+        order = list(questions)
+        random.Random(f"order {seed} {epoch}").shuffle(order)
+        yield from order
 
 
 def learning_rate(step, args):
@@ -453,11 +447,11 @@ def train(done, questions, held_out, policy, reference, llm, tokenizer, optimize
     device = policy.embed.weight.device
     known = torch.tensor(tokenizer.known, device=device)
     step, bad, told = done, 0, None
+    stream = itertools.islice(endless(questions, args.seed), done * args.questions_per_step, None)
     bar = progress_bar(total=args.steps, initial=done, desc="GRPO", unit="step")
     try:
         while step < args.steps and not add_up([args.signals.asked], device)[0]:
-            first = step * args.questions_per_step
-            batch = [pick(questions, first + i, args.seed) for i in range(args.questions_per_step)]
+            batch = list(itertools.islice(stream, args.questions_per_step))
             args.rate = learning_rate(step + 1, args)
             args.signals.calm = world()[1] == 1
             metrics, groups = train_step(step + 1, batch, policy, reference, llm, tokenizer, optimizer, known, args)

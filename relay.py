@@ -226,19 +226,18 @@ def without_commands(tokens, tokenizer):
     return kept + (tokenizer.encode_bytes(rest) if rest else [])
 
 
-class Ban:
-    """Which tokens would complete the opening of a command, given the text so far (for evaluation without the LLM)."""
+def begun(tail):
+    """How many bytes of a command's opening stand at the end of this text."""
+    return next(n for n in range(len(OPEN) - 1, -1, -1) if tail.endswith(OPEN[:n]))
 
-    def __init__(self, tokenizer, device):
-        self.pieces, self.device, self.masks = tokenizer.token_bytes, device, {}
 
-    def mask(self, tail):
-        """(N,) bool: True for ids after which `tail` would contain the opening tag."""
-        begun = next(n for n in range(len(OPEN) - 1, -1, -1) if tail.endswith(OPEN[:n]))   # bytes of it already there
-        if begun not in self.masks:
-            self.masks[begun] = torch.tensor([OPEN in OPEN[:begun] + piece for piece in self.pieces],
-                                             device=self.device)
-        return self.masks[begun]
+def completing(tokenizer, device):
+    """(len(OPEN), N) bool: row n says which ids complete an opening of which n bytes stand there.
+
+    For the evaluation without the LLM, where no command may be opened.
+    """
+    return torch.tensor([[OPEN in OPEN[:n] + piece for piece in tokenizer.token_bytes] for n in range(len(OPEN))],
+                        device=device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,18 +332,18 @@ def relay_batch(slm, llm, tokenizer, rows, *, tell, progress, temperature, llm_t
     those that go on. Without an LLM nobody ever waits, and slm_turn() returns none.
     """
     known = torch.tensor(tokenizer.known, device=slm.embed.weight.device)
-    ban = Ban(tokenizer, known.device)
-    forbid = (lambda order: torch.stack([ban.mask(rows[r].tail) for r in order])) if no_calls else None
+    banned = completing(tokenizer, known.device) if no_calls else None
     prompts = [row.out.prompt for row in rows]
     slm_reader = Reader(slm, prompts)
     llm_reader = Reader(llm, prompts) if llm is not None else None
 
-    def draw(reader, turn, heat, nucleus=1.0, banned=None):
+    def draw(reader, turn, heat, nucleus=1.0, forbid=None):
         """One step of a model for the rows whose turn it is: rows in cache order, log-probabilities, sampled ids."""
         order, logits = reader.step(turn)
         logprobs = log_softmax(logits, known, heat)
-        if banned is not None:
-            logprobs = torch.log_softmax(logprobs.masked_fill(banned(order), -torch.inf), dim=-1)
+        if forbid is not None:
+            opening = forbid[[begun(rows[r].tail) for r in order]]                 # (B, N)
+            logprobs = torch.log_softmax(logprobs.masked_fill(opening, -torch.inf), dim=-1)
         ids = sample(logprobs, [rows[r].uniforms.item(len(rows[r].out.tokens)) for r in order], heat, nucleus)
         return order, logprobs, ids
 
@@ -352,7 +351,7 @@ def relay_batch(slm, llm, tokenizer, rows, *, tell, progress, temperature, llm_t
         """The SLM writes until every live row waits for the LLM. Returns the rows that are still live."""
         turn = live
         while turn:
-            order, logprobs, ids = draw(slm_reader, turn, temperature, top_p, forbid)
+            order, logprobs, ids = draw(slm_reader, turn, temperature, top_p, banned)
             chosen = logprobs.gather(-1, ids[:, None].to(logprobs.device))[:, 0].tolist()
             unsure = (entropy(logprobs) > router[0]).tolist() if router and llm_reader else [False] * len(order)
             for r, token, logprob, discard in zip(order, ids.tolist(), chosen, unsure):
