@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -775,3 +776,14 @@ def test_the_benchmark_runs_at_a_very_small_size():
     for work in ("relay", "hand-off of 20 tokens at 80", "prompt of", "memory of a cache", "tokens that flip"):
         assert work in ran.stdout
     assert "skipped, for want of transformers" in ran.stdout or "generate" in ran.stdout
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_a_character_is_shown_when_it_is_whole_also_across_a_hand_off(capsys, colour):
+    """Half a character is a question mark on the screen, on both sides of the hand-off."""
+    tokenizer = ByteTokenizer()
+    slm, llm = Scripted(tokenizer, list(b"<call>1</call>\xa9x")), Scripted(tokenizer, [0xc3])
+    args = SimpleNamespace(seed=1, max_new_tokens=40, temperature=0)
+    relay_module.show("hi", slm, llm, tokenizer, args, colour)
+    said = capsys.readouterr().out
+    assert "\u00e9x" in said and "\ufffd" not in said and ("\033[92m" in said) == colour == ("[]" not in said)

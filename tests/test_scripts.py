@@ -1,5 +1,6 @@
 """The scripts as a user meets them: a whole tiny run, and what they say to a user's mistake."""
 import importlib
+import io
 import json
 import re
 import shutil
@@ -86,14 +87,14 @@ def test_a_run_can_be_moved(run, tmp_path):
     moved.rename(run[0])
 
 
-def fails(monkeypatch, capsys, name, *flags):
-    """(exit code, the error's text) of a script, run in this process."""
+def fails(monkeypatch, capsys, name, *flags, named=True):
+    """(exit code, the error's text, which begins with the script's name) of a script, run in this process."""
     monkeypatch.setattr(sys, "argv", [name + ".py", *map(str, flags)])
     with pytest.raises(SystemExit) as exit:
         run_script(importlib.import_module(name).main)
     code = exit.value.code
     text = code if isinstance(code, str) else capsys.readouterr().err
-    assert text.count("\n") <= 1 and text.startswith(name)
+    assert text.count("\n") <= 1 and (text.startswith(name) or not named)
     return 1 if isinstance(code, str) else code, text
 
 
@@ -139,8 +140,8 @@ def test_a_stage_whose_directory_was_deleted_may_be_made_again(monkeypatch, caps
     shutil.rmtree(copy / "grpo")
     code, text = fails(monkeypatch, capsys, "eval", "--run", copy)
     assert code == 1 and "no finished GRPO" in text
-    script("grpo.py", "--run", copy, *GRPO[2:])
-    assert (copy / "grpo" / "model.safetensors").exists()
+    monkeypatch.setattr(importlib.import_module("grpo"), "start_processes", lambda n: sys.exit("nothing refused"))
+    assert fails(monkeypatch, capsys, "grpo", "--run", copy, named=False) == (1, "nothing refused")
 
 
 @pytest.mark.parametrize("name, flags", [("warmup", []), ("grpo", []), ("eval", []), ("relay", ["why?"])])
@@ -180,20 +181,30 @@ def test_too_little_memory_is_one_line_that_says_what_to_make_smaller(monkeypatc
 def test_the_table_takes_every_variant_of_the_run(monkeypatch, capsys, run, tmp_path):
     """--variant takes any name; only five were looked for."""
     copy = shutil.copytree(run[0], tmp_path / "run")
-    script("grpo.py", "--run", copy, "--variant", "mine", "--no-teacher", *GRPO[2:])
-    out = script("eval.py", "--run", copy, *EVAL, "--rows", "--all")
+    shutil.copytree(copy / "grpo", copy / "mine")
+    info = json.loads((copy / "run.json").read_text())
+    info["stages"]["mine"] = dict(info["stages"]["grpo"], no_teacher=True)
+    (copy / "run.json").write_text(json.dumps(info))
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--run", str(copy), *EVAL, "--rows", "--all"])
+    run_script(importlib.import_module("eval").main)
     rows = {row["method"]: row for row in json.loads((copy / "eval" / "results.json").read_text())}
-    assert rows["mine"]["rho"] == 0 and "simple_reward is missing; make it" in out
+    assert rows["mine"]["rho"] == 0 and "simple_reward is missing; make it" in capsys.readouterr().out
 
 
-def test_a_question_can_be_piped_in_and_many_be_typed(run):
-    """A pipe was not read where the run is a toy; one bad line ended an interactive session."""
-    def answer(text, *flags):
-        return subprocess.run([sys.executable, HERE / "relay.py", "--run", run[0], "--max-new-tokens", "5", *flags],
-                              input=text, capture_output=True, text=True, encoding="utf-8", timeout=170)
-    assert answer("What does Amy pay?\n").stdout.startswith("What does Amy pay?\n")
-    out = answer("Who?\n" + "why? " * 1000 + "\nWhen?\n", "--interactive")
-    assert out.returncode == 0 and out.stdout.count("by the LLM") == 2 and "context holds" in out.stdout
+def test_a_question_can_be_piped_in(run):
+    """Where the run is a toy the pipe was not read, and another question answered."""
+    out = subprocess.run([sys.executable, HERE / "relay.py", "--run", run[0], "--max-new-tokens", "5"],
+                         input="What does Amy pay?\n", capture_output=True, text=True, encoding="utf-8", timeout=170)
+    assert out.stdout.startswith("What does Amy pay?\n")
+
+
+def test_one_bad_question_does_not_end_an_interactive_session(monkeypatch, capsys, run):
+    """Both models would have to be loaded again."""
+    monkeypatch.setattr(sys, "argv", ["relay.py", "--run", str(run[0]), "--max-new-tokens", "5", "--interactive"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who?\n" + "why? " * 1000 + "\nWhen?\n"))
+    run_script(relay_module.main)
+    said = capsys.readouterr().out
+    assert said.count("by the LLM") == 2 and "context holds" in said
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
