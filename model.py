@@ -278,7 +278,7 @@ def linear(matrix, x):
 class Cache:
     """Keys and values of all tokens that a model has read, for rows of different lengths.
 
-    A row is one roll-out; a slot is its present place in the tensors, one a layer: (2, slots, kv_heads, capacity, D).
+    A row is one roll-out; a slot is its present place in the tensors, one per layer: (2, slots, kv_heads, capacity, D).
     arrange() brings the rows of the next batch to the front. Capacity grows in blocks of tokens. What lies behind a
     row's length is always finite (zeros, or padding that was read), because a masked weight of 0 times NaN is NaN.
     """

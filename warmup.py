@@ -6,7 +6,7 @@ result. Because the answers are its own, right or wrong, what it knows does not 
 
     loss = - mean over answer tokens of log p(token | all before it)
 
-With no --slm and --llm the pair is the toy's, and stage 0 trains it here from scratch, a process and a core each. What
+With no --slm and --llm the pair is the toy's, and stage 0 trains it here from scratch, one process for each model. What
 both stages need stands first: several processes that train one model, log-probabilities of chosen tokens,
 micro-batches, one optimizer step. On a first reading take token_logprobs() and supervised_step() of it, then stage 1.
 """
@@ -48,7 +48,7 @@ def world():
 
 
 def start_processes(n):
-    """--gpus n: run this very command line in n processes, one a GPU, and exit with them; in each of them just return.
+    """--gpus n: run this command line in n processes, one per GPU, and exit with them; in each of them just return.
 
     If one fails the others are stopped: they would wait for it for ever.
     """
@@ -119,7 +119,7 @@ def wait_for_all():
 def machine_arguments(p):
     """The flags of both training stages that say how, not what."""
     p = p.add_argument_group("training on this machine")
-    p.add_argument("--gpus", type=positive(int), default=1, help="processes, one a GPU (1); or start with torchrun")
+    p.add_argument("--gpus", type=positive(int), default=1, help="processes, one per GPU (1); or start with torchrun")
     p.add_argument("--micro-tokens", type=positive(int), help="tokens that pass the model at once")
     p.add_argument("--checkpointing", action=argparse.BooleanOptionalAction,
                    help="compute layers again in the backward pass: slower, smaller")
@@ -353,7 +353,7 @@ def pretrain(name, directory, steps, seed, batch=32, position=0):
 
 
 def pretrain_pair(run, args):
-    """Both models at the same time, a process and a core each. What is there already is kept."""
+    """Both models at the same time, one process for each. What is there already is kept."""
     jobs = []
     for position, (name, steps) in enumerate((("slm", args.slm_steps), ("llm", args.llm_steps))):
         if not run.finished(f"pretrain {name}", dict(steps=steps, seed=args.seed)):
