@@ -72,18 +72,21 @@ def test_every_row_of_the_table_has_every_key(run):
         assert row["questions"] == 9 and 0 <= row["ci95"][0] <= row["accuracy"] <= row["ci95"][1] <= 1
 
 
-def test_a_second_evaluation_gives_the_same_table(run):
+def test_a_second_evaluation_gives_the_same_table(monkeypatch, run):
     """Its answers are those of the first, read back."""
     before = (run[0] / "eval" / "results.json").read_bytes()
-    script("eval.py", "--run", run[0], *EVAL, "--html")
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--run", str(run[0]), *EVAL, "--html"])
+    run_script(importlib.import_module("eval").main)
     assert (run[0] / "eval" / "results.json").read_bytes() == before
     assert "random_router_equal_cost" in (run[0] / "eval" / "index.html").read_text(encoding="utf-8")
 
 
-def test_a_run_can_be_moved(run, tmp_path):
+def test_a_run_can_be_moved(monkeypatch, capsys, run, tmp_path):
     """Paths inside a run are relative."""
     moved = run[0].rename(tmp_path / "moved")
-    assert "by the LLM" in script("relay.py", "--run", moved, "--max-new-tokens", "5")
+    monkeypatch.setattr(sys, "argv", ["relay.py", "why?", "--run", str(moved), "--max-new-tokens", "5"])
+    run_script(relay_module.main)
+    assert "by the LLM" in capsys.readouterr().out
     moved.rename(run[0])
 
 
