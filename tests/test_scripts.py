@@ -20,9 +20,9 @@ from relay import run_script
 HERE = Path(relay_module.__file__).parent
 
 
-def script(name, *flags):
-    out = subprocess.run([sys.executable, HERE / name, *flags], capture_output=True, text=True, encoding="utf-8",
-                         timeout=170)
+def script(name, *flags, piped=None):
+    out = subprocess.run([sys.executable, HERE / name, *flags], input=piped, capture_output=True, text=True,
+                         encoding="utf-8", timeout=170)
     assert out.returncode == 0, out.stderr[-2000:]
     return out.stdout
 
@@ -41,7 +41,8 @@ def run(tmp_path_factory):
     """
     run = tmp_path_factory.mktemp("runs") / "tiny"
     return run, [script("warmup.py", "--run", run, "--gpus", "2", *WARMUP), script("grpo.py", "--run", run, *GRPO),
-                 script("eval.py", "--run", run, *EVAL), script("relay.py", "--run", run, "--max-new-tokens", "30")]
+                 script("eval.py", "--run", run, *EVAL),
+                 script("relay.py", "--run", run, "--max-new-tokens", "30", piped="What does Amy pay?\n")]
 
 
 def test_the_four_scripts_make_a_whole_run(run):
@@ -59,6 +60,7 @@ def test_the_four_scripts_make_a_whole_run(run):
                             ["random_router", "bound:", "next:"], ["tokens/s", "by the LLM"]), said):
         assert all(word in text for word in words), text
     assert all(text.count("next:") == 1 for text in said[:3])          # only one of the processes speaks
+    assert said[3].startswith("What does Amy pay?\n")                  # a pipe is read, although a toy has questions
 
 
 def test_every_row_of_the_table_has_every_key(run):
@@ -192,13 +194,6 @@ def test_the_table_takes_every_variant_of_the_run(monkeypatch, capsys, run, tmp_
     run_script(importlib.import_module("eval").main)
     rows = {row["method"]: row for row in json.loads((copy / "eval" / "results.json").read_text())}
     assert rows["mine"]["rho"] == 0 and "simple_reward is missing; make it" in capsys.readouterr().out
-
-
-def test_a_question_can_be_piped_in(run):
-    """Where the run is a toy the pipe was not read, and another question answered."""
-    out = subprocess.run([sys.executable, HERE / "relay.py", "--run", run[0], "--max-new-tokens", "5"],
-                         input="What does Amy pay?\n", capture_output=True, text=True, encoding="utf-8", timeout=170)
-    assert out.stdout.startswith("What does Amy pay?\n")
 
 
 def test_one_bad_question_does_not_end_an_interactive_session(monkeypatch, capsys, run):
