@@ -37,7 +37,7 @@ import numpy as np
 from data import load_questions, split_of, toy_questions
 from grpo import parameters
 from model import load, weight_files, write_beside
-from relay import (COMMAND, Call, Rollout, Run, WrongArguments, command, is_right, fill_in, load_pair, machine, parser,
+from relay import (COMMAND, Call, Rollout, Run, WrongArguments, command, fill_in, is_right, load_pair, machine, parser,
                    positive, relay, run_script, show_presets)
 from warmup import progress_bar
 

@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from model import Transformer, load, read_json, save, write_beside
-from relay import (Run, WrongArguments, at_least_zero, is_right, differing, fill_in, load_pair, machine, parser,
+from relay import (Run, WrongArguments, at_least_zero, differing, fill_in, is_right, load_pair, machine, parser,
                    positive, relay, run_script, shares, show_presets)
 from warmup import (HEAD, Example, adamw, add_up, apply_gradient, check_gpus, hear_signals, join_processes,
                     machine_arguments, micro_batches, progress_bar, settings, start_processes, token_logprobs,

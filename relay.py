@@ -685,8 +685,9 @@ def main():
     elif args.question is not None:
         questions = [args.question]
     else:
-        example = next(toy_questions("eval", random.Random(args.seed), rare=1.0)).text
-        questions = [piped(wait=not toy) or (example if toy else "")]
+        questions = [piped(wait=not toy)]
+        if toy and not questions[0]:
+            questions = [next(toy_questions("eval", random.Random(args.seed), rare=1.0)).text]
     try:
         for text in questions:
             if text.strip():
