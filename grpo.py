@@ -102,7 +102,7 @@ def examples_of(rollouts, llm_tokens=False):
                     shared=len(r.prompt)) for r in rollouts]
 
 
-def update(policy, reference, optimizer, rollouts, advantage, known, args):
+def update(policy, reference, optimizer, rollouts, advantage, known, lr, args):
     """One optimizer step on these roll-outs. Returns sums over its tokens (drift: the largest), for the metrics.
 
     advantage: (number of roll-outs,). The denominator is the number of learned tokens (--loss sequence: of roll-outs)
@@ -144,7 +144,7 @@ def update(policy, reference, optimizer, rollouts, advantage, known, args):
         sums["clipped"] += clipped.sum().item()
         sums["entropy"] += entropies.sum().item()
         sums["drift"] = max(sums["drift"], (logprobs - old).abs().max().item())
-    return sums | dict(norm=apply_gradient(policy, optimizer, args.rate))
+    return sums | dict(norm=apply_gradient(policy, optimizer, lr))
 
 
 def step_metrics(groups, right, called, reward):
@@ -183,8 +183,11 @@ def score(questions, groups, tokenizer, args):
     return right, called, rewards(right, called, rho)
 
 
-def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, known, args):
-    """Sample, score, learn. questions: the whole step's; this process takes its share. Returns (metrics, roll-outs)."""
+def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, known, lr, args, sampled=lambda: None):
+    """Sample, score, learn. questions: the whole step's; this process takes its share. Returns (metrics, roll-outs).
+
+    sampled() is called once the roll-outs are there, and the policy is about to change.
+    """
     start = time.perf_counter()
     rank, size = world()
     mine = range(rank, len(questions), size)
@@ -195,15 +198,15 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
     groups = [flat[i:i + args.group] for i in range(0, len(flat), args.group)]       # by index, never by text
     right, called, reward = score([questions[q] for q in mine], groups, tokenizer, args)
     advantage = advantages(reward, args.scale_by_std)
-    args.signals.calm = False                 # from here to the end of the step an interrupt has to wait
-    sampled = time.perf_counter()
+    sampled()
+    middle = time.perf_counter()
 
     sums = []
     for part in range(args.updates):           # old log-probabilities stay those of sampling over all updates
         chosen = [i for i, q in enumerate(mine)
                   if q * args.updates // len(questions) == part and not (args.skip_equal and not advantage[i].any())]
         sums.append(update(policy, reference, optimizer, [r for i in chosen for r in groups[i]],
-                           advantage[chosen].flatten(), known, args))
+                           advantage[chosen].flatten(), known, lr, args))
     tokens = sum(s["tokens"] for s in sums)
     parts = step_metrics(groups, right, called, reward)
     parts |= {name: (sum(s[key] for s in sums), tokens) for name, key in
@@ -216,8 +219,8 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
         metrics[name] = total / count if count else None
     norms = [s["norm"] for s in sums]
     metrics |= dict(grad_norm=max(norms), skipped=sum(not math.isfinite(norm) for norm in norms),
-                    sampler_learner_difference=next((s["drift"] for s in sums if s["tokens"]), 0.0), lr=args.rate,
-                    sample_seconds=sampled - start, learn_seconds=time.perf_counter() - sampled)
+                    sampler_learner_difference=next((s["drift"] for s in sums if s["tokens"]), 0.0), lr=lr,
+                    sample_seconds=middle - start, learn_seconds=time.perf_counter() - middle)
     return metrics, groups
 
 
@@ -384,6 +387,9 @@ class Signals:
         if first and self.calm:
             raise KeyboardInterrupt
 
+    def wait(self):
+        self.calm = False
+
 
 def endless(questions, seed):
     """The questions of training, one by one: every pass over the pool in its own order."""
@@ -439,7 +445,7 @@ def earlier_metrics(file, done):
     return history
 
 
-def train(done, questions, held_out, policy, reference, llm, tokenizer, optimizer, keep, log, args):
+def train(done, questions, held_out, policy, reference, llm, tokenizer, optimizer, signals, keep, log, args):
     """Steps until args.steps are done or a signal asks to stop; returns how many are.
 
     keep(step) writes a checkpoint; log(metrics) takes a step's line, and returns all lines so far.
@@ -450,11 +456,11 @@ def train(done, questions, held_out, policy, reference, llm, tokenizer, optimize
     stream = itertools.islice(endless(questions, args.seed), done * args.questions_per_step, None)
     bar = progress_bar(total=args.steps, initial=done, desc="GRPO", unit="step")
     try:
-        while step < args.steps and not add_up([args.signals.asked], device)[0]:
+        while step < args.steps and not add_up([signals.asked], device)[0]:
             batch = list(itertools.islice(stream, args.questions_per_step))
-            args.rate = learning_rate(step + 1, args)
-            args.signals.calm = world()[1] == 1
-            metrics, groups = train_step(step + 1, batch, policy, reference, llm, tokenizer, optimizer, known, args)
+            signals.calm = world()[1] == 1
+            metrics, groups = train_step(step + 1, batch, policy, reference, llm, tokenizer, optimizer, known,
+                                         learning_rate(step + 1, args), args, signals.wait)
             step += 1
             if args.eval_every and step % args.eval_every == 0:
                 metrics |= held_out_check(held_out, policy, llm, tokenizer, args)
@@ -598,9 +604,8 @@ def main():
                 os.fsync(file.fileno())                    # as a checkpoint is, which must not be ahead of it
         return history
 
-    args.signals = Signals()
     step = train(done, questions, held_out, policy, reference, None if args.no_teacher else llm, tokenizer, optimizer,
-                 keep, log, args)
+                 Signals(), keep, log, args)
     if step < args.steps:
         if step > last_checkpoint(out, chosen)[0]:         # one that is there is not written again, and endangered
             keep(step)

@@ -422,6 +422,20 @@ def flips(bench):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+def learning(bench):
+    """The peak of learning from 16 roll-outs of 512 tokens, beside weights, gradients and optimizer state."""
+    threads = torch.get_num_threads()
+    from test_grpo import memory_of_updates                       # needs pytest, and takes one thread for the tests
+    torch.set_num_threads(threads)
+    shape = dict(SHAPES["toy"]) if bench.quick else dict(SHAPES["qwen0.5b"], tie_word_embeddings=True)
+    config, size = parse_config(shape, "qwen0.5b"), 16 * grpo.parameters(parse_config(shape, "qwen0.5b"))
+    peak, said = memory_of_updates(config, 16, bench.size(512, 32), micro_tokens=2048, checkpointing=True)
+    bench.add("learning step, Qwen 0.5B shape, 16 x 512", torch.float32, f"{peak / 2**30:.1f} GiB at most",
+              f"{size / 2**30:.1f} GiB", "policy, gradient, Adam")
+    bench.notes.append(f"learning step: {peak / size:.2f} times policy, gradient and Adam's averages (the reference "
+                       f"alone is 0.25); grpo.memory_needed says {said / 2**30:.1f} GiB")
+
+
 # A step of GRPO, beside TRL
 
 def our_steps(folder, questions, group, tokens, steps):
@@ -430,13 +444,12 @@ def our_steps(folder, questions, group, tokens, steps):
     args = SimpleNamespace(
         group=group, max_new_tokens=tokens, temperature=1.0, llm_temperature=0.7, batch=256, seed=0,
         reward="difficulty", updates=1, skip_equal=False, scale_by_std=True, rho_asked=False, batch_scenarios=False,
-        clip_low=0.2, clip_high=0.3, kl=0.01, rate=1e-6, loss="token", llm_tokens_in_loss=False, micro_tokens=3000,
-        signals=SimpleNamespace())
+        clip_low=0.2, clip_high=0.3, kl=0.01, loss="token", llm_tokens_in_loss=False, micro_tokens=3000)
     right, grpo.is_right = grpo.is_right, lambda question, rollout, tokenizer: sum(rollout.tokens) % 2 == 0
     optimizer, known = adamw(policy, 1e-6), torch.tensor(tokenizer.known)
     try:
         asked = [Question(text, "1") for text in questions]
-        metrics = [grpo.train_step(step, asked, policy, reference, None, tokenizer, optimizer, known, args)[0]
+        metrics = [grpo.train_step(step, asked, policy, reference, None, tokenizer, optimizer, known, 1e-6, args)[0]
                    for step in range(steps)]
     finally:
         grpo.is_right = right
@@ -497,13 +510,14 @@ def grpo_row(bench):
 
 
 ROWS = dict(grpo=grpo_row, smollm2=smollm2, ragged=ragged, qwen=qwen, toy=toy, relay=relay_row, handoff=handoff,
-            prompt=prompt, memory=memory, flips=flips)
+            prompt=prompt, memory=memory, learning=learning, flips=flips)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--models", type=Path, metavar="FOLDER", help="real checkpoints: FOLDER/smollm2, FOLDER/qwen0.5b")
-    p.add_argument("--rows", default=",".join(ROWS), help=f"which rows, with commas between: {', '.join(ROWS)}")
+    p.add_argument("--rows", default=",".join(name for name in ROWS if name != "learning"),
+                   help=f"which rows, with commas between: {', '.join(ROWS)} (all but learning: 13 GB, 10 minutes)")
     p.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
     p.add_argument("--device", default="cpu", help="cpu, cuda (cpu)")
     p.add_argument("--quick", action="store_true", help="very small sizes, to see that every row works")

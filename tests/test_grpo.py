@@ -54,7 +54,7 @@ def some_rollouts(toy, temperature=1.0):
 
 def settings(**changes):
     return SimpleNamespace(**dict(dict(micro_tokens=1000, temperature=1.0, clip_low=0.2, clip_high=0.3, kl=0.01,
-                                       rate=1e-3, loss="token", llm_tokens_in_loss=False), **changes))
+                                       loss="token", llm_tokens_in_loss=False), **changes))
 
 
 def test_a_right_answer_without_a_call_makes_calls_dear():
@@ -122,7 +122,7 @@ def test_kl_and_drift_start_at_zero(toy):
     rollouts = some_rollouts(toy)
     optimizer = SimpleNamespace(param_groups=[{}], zero_grad=lambda set_to_none: policy.zero_grad(), step=lambda: None)
     sums = update(policy, reference, optimizer, rollouts, torch.ones(len(rollouts)), torch.tensor(tokenizer.known),
-                  settings())
+                  1e-3, settings())
     assert sums["kl"] == 0 and sums["drift"] < 1e-5
 
 
@@ -196,7 +196,7 @@ def played(monkeypatch, groups, **changes):
     """train_step on groups of made-up roll-outs of one and the same question: (metrics, what update() was given)."""
     seen = []
 
-    def note(policy, reference, optimizer, rollouts, advantage, known, args):
+    def note(policy, reference, optimizer, rollouts, advantage, known, lr, args):
         seen.append((rollouts, advantage.tolist(), [list(r.logprobs) for r in rollouts]))
         return dict(tokens=1, loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, drift=0.0, norm=changes.get("norm", 0.0))
 
@@ -205,11 +205,11 @@ def played(monkeypatch, groups, **changes):
     monkeypatch.setattr(grpo, "update", note)
     args = settings(**dict(dict(group=len(groups[0]), seed=0, max_new_tokens=9, llm_temperature=0.7, batch=None,
                                 reward="difficulty", updates=1, skip_equal=False, scale_by_std=True, rho_asked=False,
-                                batch_scenarios=False, signals=SimpleNamespace()), **changes))
+                                batch_scenarios=False), **changes))
     questions = [SimpleNamespace(text="the same text")] * len(groups)
     tokenizer = SimpleNamespace(chat=lambda text: [1])
     known = torch.tensor([True])
-    return grpo.train_step(1, questions, None, None, object(), tokenizer, None, known, args)[0], seen
+    return grpo.train_step(1, questions, None, None, object(), tokenizer, None, known, 1e-3, args)[0], seen
 
 
 def test_rho_and_calls_count_what_was_delivered_and_not_what_was_asked(monkeypatch):
@@ -312,7 +312,7 @@ def stepped(letters, rollouts=None, advantage=None, **changes):
     before = [p.detach().clone() for p in policy.parameters()]
     advantage = torch.linspace(-2, 1.5, len(rollouts)) if advantage is None else advantage
     sums = update(policy, reference, torch.optim.SGD(policy.parameters(), lr=1.0), rollouts, advantage,
-                  torch.tensor(tokenizer.known), settings(rate=1.0, kl=0.5, **changes))
+                  torch.tensor(tokenizer.known), 1.0, settings(kl=0.5, **changes))
     scale = max(1.0, sums["norm"] + 1e-6)                              # undo the clip to norm 1 (torch adds 1e-6)
     return [(b - p.detach()) * scale for b, p in zip(before, policy.parameters())], sums
 
@@ -363,7 +363,7 @@ def test_the_old_log_probabilities_stay_those_of_sampling(letters):
         with torch.no_grad():
             now = token_logprobs(policy, examples_of(rollouts), known)[0]
         sampled = torch.tensor([lp for r in rollouts for lp, b in zip(r.logprobs, r.by_llm) if not b])
-        sums = update(policy, reference, optimizer, rollouts, torch.ones(len(rollouts)), known, settings(rate=0.03))
+        sums = update(policy, reference, optimizer, rollouts, torch.ones(len(rollouts)), known, 0.03, settings())
         assert sums["drift"] == pytest.approx((now - sampled).abs().max().item(), abs=1e-6)
         assert (sums["drift"] > 0.05) == (sums["clipped"] > 0) == (k > 0)
     assert stored == [r.logprobs for r in rollouts]
@@ -375,7 +375,7 @@ def test_without_tokens_of_the_slm_the_optimizer_is_not_touched(letters):
     optimizer = adamw(policy, 1.0)
     optimizer.step = optimizer.zero_grad = lambda *args, **options: pytest.fail("the optimizer was used")
     sums = update(policy, reference, optimizer, [Rollout([97], [98, 99], [True, True], [0.0, 0.0])], torch.ones(1),
-                  torch.tensor(tokenizer.known), settings())
+                  torch.tensor(tokenizer.known), 1.0, settings())
     assert sums["tokens"] == 0 and sums["norm"] == 0
 
 
@@ -427,9 +427,9 @@ def one_step(tokenizer, changes):
     start = [p.detach().clone() for p in policy.parameters()]
     questions = [SimpleNamespace(text="abcdef"[:1 + i % 5], number=i) for i in range(6)]
     args = settings(**dict(dict(group=4, seed=7, max_new_tokens=12, llm_temperature=0.7, batch=None, updates=2, kl=0.1,
-                                skip_equal=True, scale_by_std=True, signals=SimpleNamespace(), odd=2), **changes))
+                                skip_equal=True, scale_by_std=True, odd=2), **changes))
     metrics, groups = grpo.train_step(3, questions, policy, reference, llm, tokenizer, adamw(policy, 1e-3),
-                                      torch.tensor(tokenizer.known), args)
+                                      torch.tensor(tokenizer.known), 1e-3, args)
     assert len({len(r.tokens) for group in groups for r in group}) > 2
     assert max((p - old).abs().max() for p, old in zip(policy.parameters(), start)) > 5e-4
     return metrics, [p.detach() for p in policy.parameters()]
@@ -629,6 +629,64 @@ def test_updates_without_a_finite_gradient_are_counted(monkeypatch):
     assert metrics["skipped"] == 1 and played(monkeypatch, groups)[0]["skipped"] == 0
 
 
+def trained(monkeypatch, skipped):
+    """train() over steps of which these many updates were skipped, on nothing: (steps done, steps that were kept)."""
+    def step(step, *rest):
+        return dict(step=step, accuracy=0.5, call_rate=0.5, rho=0.1, asked=None, length=9.0, skipped=skipped[step - 1],
+                    reward=float("nan")), []
+
+    history, kept = [], []
+
+    def log(metrics):
+        json.dumps(metrics, allow_nan=False)
+        history.append(metrics)
+        return history
+
+    monkeypatch.setattr(grpo, "train_step", step)
+    args = settings(steps=len(skipped), questions_per_step=1, lr=1e-3, ramp=1, decay=False, eval_every=0, updates=1,
+                    save_every=1, seed=0)
+    try:
+        done = grpo.train(0, ["a", "b"], [], tiny("qwen3"), None, None, ByteTokenizer(), None,
+                          SimpleNamespace(asked=False, calm=False, wait=None), kept.append, log, args)
+    except ValueError as error:
+        assert "5 steps in a row" in str(error) and "\n" not in str(error)
+        done = len(history)
+    return done, kept
+
+
+def test_five_steps_in_a_row_without_a_finite_gradient_end_the_run(monkeypatch):
+    """It went on for days with weights that no longer moved. Four in a row, and then a good one, are bad luck."""
+    assert trained(monkeypatch, [1, 1, 1, 1, 0, 1, 1, 1, 1]) == (9, [1, 2, 3, 4, 5, 6, 7, 8])
+    assert trained(monkeypatch, [0, 1, 1, 1, 1, 1, 0]) == (6, [1, 2, 3, 4, 5])      # nothing is kept of the last one
+
+
+@pytest.mark.parametrize("text, done, fault", [('{"step": 1}\n', 2, "1 of the checkpoint's 2"),
+                                               ('{"step": 1}\n{"ste\n', 2, "no JSON")])
+def test_metrics_that_lack_a_step_of_the_checkpoint_are_one_line(tmp_path, text, done, fault):
+    """Whoever edits the file by hand and resumes had a traceback, or a curve with a step missing."""
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f"metrics.jsonl.*{fault}"):
+        grpo.earlier_metrics(file, done)
+    assert file.read_text() == text
+
+
+def test_steps_after_the_checkpoint_are_taken_off_the_metrics(tmp_path):
+    """They are done again; their old lines would stand there twice."""
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert grpo.earlier_metrics(file, 1) == [{"step": 1}] and file.read_text() == '{"step": 1}\n'
+    assert grpo.earlier_metrics(file, 0) == [] and file.read_text() == ""
+
+
+def test_questions_that_are_too_long_are_left_out_and_counted(monkeypatch, capsys):
+    """One prompt over the context ended a run of days, when its turn came."""
+    monkeypatch.setattr(grpo, "PROMPT", 8)
+    short, long = SimpleNamespace(text="abc"), SimpleNamespace(text="abcd")       # the byte tokenizer adds 5
+    assert grpo.short([short, long, short], ByteTokenizer()) == [short, short]
+    assert "1 of 3" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the list of children from Linux's /proc")
 def test_a_process_that_dies_ends_the_others(warmed_up):
     """The others would wait for it in the next sum over processes, for ever."""
@@ -653,36 +711,42 @@ def test_more_gpus_than_there_are_is_one_line(monkeypatch, capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory
 
-def anonymous_memory():
-    """Bytes of this process that no file backs (Linux)."""
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+def memory_of_updates(config, rollouts, length, **options):
+    """(bytes at the peak of two updates, bytes that memory_needed() says): policy, reference and learning.
 
+    rollouts: how many, each of a prompt of 8 tokens and a response of `length`. Measured: what no file backs (Linux).
+    """
+    def anonymous():
+        return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 
-def measure_a_learning_step():
-    """Run in a fresh process: prints the measured peak of two updates and what memory_needed() says, in bytes."""
-    small_models()
-    config = Config(vocab_size=9000, hidden=192, ffn=512, layers=5, heads=6, kv_heads=2, head_dim=32)
-    args = settings(micro_tokens=1500, checkpointing=False, batch=256, questions_per_step=4, group=2, prompt_tokens=8,
-                    max_new_tokens=180)
-    before = anonymous_memory()
+    args = settings(batch=256, questions_per_step=1, group=rollouts, prompt_tokens=8, max_new_tokens=length, **options)
+    before = anonymous()
     policy, reference = (Transformer(config).initialize(0) for _ in range(2))
+    policy.checkpointing = args.checkpointing
     optimizer, known = adamw(policy, 1e-5), torch.ones(config.vocab_size, dtype=torch.bool)
-    rollouts = [Rollout([1] * 8, list(range(180)), [False] * 180, [-9.0] * 180) for _ in range(8)]
+    written = [Rollout([1] * 8, list(range(length)), [False] * length, [-9.0] * length) for _ in range(rollouts)]
     most, done = 0, threading.Event()
 
     def watch():
         nonlocal most
         while not done.wait(0.002):
-            most = max(most, anonymous_memory())
+            most = max(most, anonymous())
 
     thread = threading.Thread(target=watch)
     thread.start()
     for _ in range(2):
-        update(policy, reference, optimizer, rollouts, torch.randn(8), known, args)
+        update(policy, reference, optimizer, written, torch.randn(rollouts), known, 1e-3, args)
     done.set()
     thread.join()
     needed = grpo.memory_needed(config, config, args, llm_bytes=0)
-    print(most - before, needed["policy"] + needed["reference"] + needed["learning"])
+    return most - before, needed["policy"] + needed["reference"] + needed["learning"]
+
+
+def measure_a_learning_step():
+    """Run in a fresh process: prints measured and expected bytes."""
+    small_models()
+    config = Config(vocab_size=9000, hidden=192, ffn=512, layers=5, heads=6, kv_heads=2, head_dim=32)
+    print(*memory_of_updates(config, rollouts=8, length=180, micro_tokens=1500, checkpointing=False))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its own memory from Linux's /proc")

@@ -125,6 +125,18 @@ def test_what_is_missing_is_named_with_what_to_do(monkeypatch, capsys, tmp_path,
     assert code == 1 and word in text and not list(tmp_path.iterdir())
 
 
+def test_a_family_that_cannot_be_run_is_named_before_its_tokenizer_is_looked_at(monkeypatch, capsys, tmp_path):
+    """Of a mixture of experts with a SentencePiece tokenizer, only the tokenizer was complained of."""
+    (tmp_path / "moe").mkdir()
+    (tmp_path / "moe" / "config.json").write_text('{"model_type": "mixtral"}')
+    (tmp_path / "moe" / "tokenizer.model").write_bytes(b"")
+    pair = ["--slm", str(tmp_path / "moe"), "--llm", str(tmp_path / "moe")]
+    for name, *flags in (["warmup", "--questions", "q.jsonl", "--run", str(tmp_path / "run")], ["relay", "why?"]):
+        code, text = fails(monkeypatch, capsys, name, *flags, *pair)
+        assert code == 1 and "'mixtral' is not supported (supported: qwen3, qwen2, llama)" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["moe"]
+
+
 def test_nothing_that_is_there_is_overwritten(monkeypatch, capsys, run):
     """An afternoon of training is lost by one repeated command."""
     run = run[0]
