@@ -545,6 +545,20 @@ def hours_needed(slm, llm, args, length, rho, flops, bandwidth, llm_bytes=2):
 # ---------------------------------------------------------------------------------------------------------------------
 # The script
 
+def starting_point(run, out, chosen, args):
+    """(steps done, directory of the model to go on from, if any). Refuses what would overwrite or cannot be."""
+    if run.has(args.variant):
+        raise ValueError(f"{out} is there already; choose another --run, or delete it")
+    if not args.resume and (out / "checkpoint.json").exists():
+        raise ValueError(f"{out} holds an unfinished training; go on with --resume, or delete it")
+    size = max(args.gpus, world()[1])
+    if size > 1 and args.batch_scenarios:
+        raise WrongArguments("--batch-scenarios looks at all roll-outs of a step at once: use one process")
+    if size > args.questions_per_step:
+        raise WrongArguments(f"--questions-per-step {args.questions_per_step}: too few for {size} processes")
+    return last_checkpoint(out, chosen)
+
+
 def main():
     args = arguments()
     run = Run(args.run)
@@ -552,19 +566,10 @@ def main():
         raise ValueError(f"{run.path} holds no warm-up yet; run: python warmup.py --run {run.path}")
     fill_in(args, TOY if run.toy else PAPER)
     out, source, chosen = run.path / args.variant, args.slm or run.path / "warmup", settings(args)
-    if run.has(args.variant):
-        if args.resume:
-            print(f"{out} is finished; next: python eval.py --run {run.path}")
-            return
-        raise ValueError(f"{out} is there already; choose another --run, or delete it")
-    if not args.resume and (out / "checkpoint.json").exists():
-        raise ValueError(f"{out} holds an unfinished training; go on with --resume, or delete it")
-    done, folder = last_checkpoint(out, chosen)
-    size = max(args.gpus, world()[1])
-    if size > 1 and args.batch_scenarios:
-        raise WrongArguments("--batch-scenarios looks at all roll-outs of a step at once: use one process")
-    if size > args.questions_per_step:
-        raise WrongArguments(f"--questions-per-step {args.questions_per_step}: too few for {size} processes")
+    if run.has(args.variant) and args.resume:
+        print(f"{out} is finished; next: python eval.py --run {run.path}")
+        return
+    done, folder = starting_point(run, out, chosen, args)
     run.open()
     questions, held_out = training_questions(args, run.toy, "grpo", args.pool, args.eval_questions)
     start_processes(args.gpus)

@@ -138,7 +138,8 @@ def test_an_answer_is_written_once_and_read_back_as_it_was(writer):
 
 
 @pytest.mark.parametrize("changes", [dict(seed=2), dict(temperature=0.5), dict(max_new_tokens=7),
-                                     dict(marks=("a", "c")), dict(options=dict(fixed=3)), dict(options=dict(no_calls=True))])
+                                     dict(marks=("a", "c")), dict(options=dict(fixed=3)),
+                                     dict(options=dict(no_calls=True))])
 def test_an_answer_of_other_settings_is_never_taken_for_this_ones(writer, changes):
     """A table of last week's checkpoint under this week's name."""
     writer()
