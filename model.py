@@ -291,9 +291,9 @@ class Cache:
         self.layers = [self.like.new_zeros(2, 0, self.config.kv_heads, 0, self.config.head_dim)
                        for _ in range(self.config.layers)]
 
-    def resize(self, slots, capacity):
+    def resize(self, slots, tokens):
         """Reallocate to this many slots and tokens, one layer after the other: never two whole caches at once."""
-        n = min(slots, len(self.rows))
+        n, capacity = len(self.rows), -(-tokens // self.block) * self.block      # whole blocks
         for i, old in enumerate(self.layers):
             new = old.new_zeros(2, slots, old.shape[2], capacity, old.shape[4])
             kept = min(capacity, old.shape[3])
@@ -342,8 +342,7 @@ class Cache:
         self.move(holes, kept[len(kept) - len(holes):])
         self.rows, self.lengths = self.rows[:len(kept)], self.lengths[:len(kept)]
         if len(kept) <= 0.8 * self.layers[0].shape[1]:
-            longest = max(self.lengths, default=0)
-            self.resize(len(kept), -(-longest // self.block) * self.block)
+            self.resize(len(kept), max(self.lengths, default=0))
 
     def open(self, position):
         """Make room for tokens at `position` (B, T); for each layer, the function that its attention calls.
@@ -354,10 +353,9 @@ class Cache:
         """
         (B, T), kv_heads, device = position.shape, self.config.kv_heads, position.device
         width = max(self.lengths[:B]) + T
+        if width > self.layers[0].shape[3]:
+            self.resize(self.layers[0].shape[1], width)
         slots, capacity = self.layers[0].shape[1], self.layers[0].shape[3]
-        if width > capacity:
-            capacity = -(-width // self.block) * self.block
-            self.resize(slots, capacity)
         mask = None
         if T > 1 or min(self.lengths[:B]) + 1 < width:
             unseen = torch.arange(width, device=device) > position[:, :, None]                # (B, T, W)
