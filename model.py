@@ -302,29 +302,23 @@ class Cache:
 
     def arrange(self, rows):
         """Bring `rows` to the first slots (any order among them), new rows with length 0. Returns them slot by slot."""
-        slots, capacity = self.layers[0].shape[1], self.layers[0].shape[3]
         if rows == self.rows[:len(rows)]:       # as in most steps: nobody came, left or waits
             return rows
-        here = set(self.rows)
+        here, wanted, n = set(self.rows), set(rows), len(rows)
         new = [row for row in rows if row not in here]
+        _, slots, _, capacity, _ = self.layers[0].shape
         if len(self.rows) + len(new) > slots:
             self.resize(len(self.rows) + len(new), capacity)
         self.rows, self.lengths = self.rows + new, self.lengths + [0] * len(new)
-        wanted, n = set(rows), len(rows)
         out = [slot for slot in range(n) if self.rows[slot] not in wanted]     # stand in front, have to leave
         back = [slot for slot in range(n, len(self.rows)) if self.rows[slot] in wanted]
-        self.move(out + back, back + out)
+        to, source = out + back, back + out     # slot to[i] takes what slot source[i] holds, all at once
+        if to:
+            for kv in self.layers:
+                kv[:, to] = kv[:, source]
+            for slot, held in zip(to, [(self.rows[s], self.lengths[s]) for s in source]):
+                self.rows[slot], self.lengths[slot] = held
         return self.rows[:n]
-
-    def move(self, to, source):
-        """Slot to[i] takes what slot source[i] holds, all at once."""
-        if not to:
-            return
-        for kv in self.layers:
-            kv[:, to] = kv[:, source]
-        rows, lengths = [self.rows[s] for s in source], [self.lengths[s] for s in source]
-        for slot, row, length in zip(to, rows, lengths):
-            self.rows[slot], self.lengths[slot] = row, length
 
     def copy(self, source, rows, length):
         """Give new `rows` the first `length` tokens of row `source`: a prompt is read once for all its roll-outs."""
@@ -337,9 +331,8 @@ class Cache:
     def drop(self, rows):
         """Forget finished rows. Memory goes back when a fifth of the slots stand empty."""
         gone = set(rows)
-        kept = [slot for slot, row in enumerate(self.rows) if row not in gone]
-        holes = [slot for slot in range(len(kept)) if self.rows[slot] in gone]
-        self.move(holes, kept[len(kept) - len(holes):])
+        kept = [row for row in self.rows if row not in gone]
+        self.arrange(kept)
         self.rows, self.lengths = self.rows[:len(kept)], self.lengths[:len(kept)]
         if len(kept) <= 0.8 * self.layers[0].shape[1]:
             self.resize(len(kept), max(self.lengths, default=0))
