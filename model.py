@@ -28,6 +28,7 @@ import os
 import shutil
 import struct
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -359,14 +360,11 @@ class Cache:
         lists = torch.arange(2 * slots * kv_heads, device=device).view(2, slots, kv_heads, 1)[:, :B] * capacity
         address = (lists + position[:, None]).view(-1)                                        # of (2, B, kv_heads, T)
 
-        def for_layer(kv):
-            def past(k, v):
-                new = torch.stack((k, v))                                                     # (2, B, kv_heads, T, D)
-                kv.view(-1, kv.shape[-1]).index_copy_(0, address, new.view(-1, kv.shape[-1]))
-                keys, values = kv[:, :B, :, :width]
-                return keys, values, mask
-            return past
-        return [for_layer(kv) for kv in self.layers]
+        def past(kv, k, v):
+            new = torch.stack((k, v))                                                         # (2, B, kv_heads, T, D)
+            kv.view(-1, kv.shape[-1]).index_copy_(0, address, new.view(-1, kv.shape[-1]))
+            return *kv[:, :B, :, :width], mask
+        return [partial(past, kv) for kv in self.layers]
 
     def close(self, counts):
         """The forward pass is done: the first counts[i] of its tokens in slot i count as read."""
