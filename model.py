@@ -196,11 +196,10 @@ class Transformer(nn.Module):
         B, T = tokens.shape if grid is None else grid.take.shape
         if self.freq is None or self.freq.device != tokens.device:
             self.freq = rope_frequencies(self.config).to(tokens.device)
-        position = torch.arange(T, device=tokens.device)[None]                 # (1, T)
-        past = [None] * len(self.layers)
+        position, past = torch.arange(T, device=tokens.device)[None], [None] * len(self.layers)    # position: (1, T)
         if cache is not None:
             position = torch.tensor(cache.lengths[:B], device=tokens.device)[:, None] + position   # (B, T)
-            past = cache.open(position)
+            past = cache.open(position, [T] * B if counts is None else counts)
         angle = position[:, None, :, None].float() * self.freq                 # (B or 1, 1, T, D/2)
         x = self.embed(tokens)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -209,8 +208,6 @@ class Transformer(nn.Module):
                 x = checkpoint(layer, x, cos, sin, None, grid, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, layer_past, grid)
-        if cache is not None:
-            cache.close([T] * B if counts is None else counts)
         return self.norm(x)
 
     def logits(self, hidden):
@@ -338,8 +335,9 @@ class Cache:
         if len(kept) <= 0.8 * self.layers[0].shape[1]:
             self.resize(len(kept), max(self.lengths, default=0))
 
-    def open(self, position):
-        """Make room for tokens at `position` (B, T); for each layer, the function that its attention calls.
+    def open(self, position, counts):
+        """Make room for tokens at `position` (B, T), of which the first counts[i] of slot i are to stay. Returns for
+        each layer the function that its attention calls.
 
         past(k, v) stores the new keys and values (B, kv_heads, T, D) and returns all of these rows, as views of the
         cache, with the mask (B, 1, group * T or 1, W), which is added to the scores: a token sees its own row up to
@@ -359,16 +357,13 @@ class Cache:
         # copy stores them all. Where each row's list begins, (2, B, kv_heads, 1), and then its tokens' places.
         lists = torch.arange(2 * slots * kv_heads, device=device).view(2, slots, kv_heads, 1)[:, :B] * capacity
         address = (lists + position[:, None]).view(-1)                                        # of (2, B, kv_heads, T)
+        self.lengths[:B] = [length + count for length, count in zip(self.lengths, counts)]
 
         def past(kv, k, v):
             new = torch.stack((k, v))                                                         # (2, B, kv_heads, T, D)
             kv.view(-1, kv.shape[-1]).index_copy_(0, address, new.view(-1, kv.shape[-1]))
             return *kv[:, :B, :, :width], mask
         return [partial(past, kv) for kv in self.layers]
-
-    def close(self, counts):
-        """The forward pass is done: the first counts[i] of its tokens in slot i count as read."""
-        self.lengths[:len(counts)] = [length + count for length, count in zip(self.lengths, counts)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
