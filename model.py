@@ -26,7 +26,6 @@ import math
 import mmap
 import os
 import shutil
-import struct
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -449,9 +448,7 @@ def read_safetensors(path):
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if size < 8:
-                raise fault("too short for a safetensors file")
-            length, = struct.unpack("<Q", file.read(8))
+            length = int.from_bytes(file.read(8), "little")
             if length > min(MAX_HEADER, size - 8):
                 raise fault(f"header of {length} bytes in a file of {size}")
             try:
@@ -612,7 +609,7 @@ def save(model, path, source=None):
     text += b" " * (-len(text) % 8)             # the data starts aligned
 
     def weights(file):
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(len(text).to_bytes(8, "little") + text)
         for t in tensors.values():              # one at a time: no second copy of the model
             file.write(as_bytes(t.cpu()).numpy().data)
 
