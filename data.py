@@ -373,11 +373,10 @@ def chat_format(template):
         return (before + header.format("user"), "<|eot_id|>" + header.format("assistant"), strip), "<|eot_id|>"
 
     flat = template.removesuffix("\n").replace("\\n", "\n")  # Jinja drops a newline at the very end
-    begin = "<|im_start|>assistant\n"
-    begin = begin if begin in flat else begin[:-1]
+    begin = "<|im_start|>assistant"
+    begin += "" if flat.endswith(begin) and begin + "\n" not in flat else "\n"
     strange = ("<|im_sep|>", "bos_token", "strftime_now", "<|im_start|>assistant\n<think>")
-    known = begin in flat if begin[-1] == "\n" else flat.endswith(begin)
-    if not known or "<|im_end|>" not in flat or any(sign in flat for sign in strange):
+    if begin not in flat or "<|im_end|>" not in flat or any(sign in flat for sign in strange):
         return None, None
     before, after = "", "<|im_end|>\n" + begin
     for system in re.finditer(r"(['\"]?)<\|im_start\|>system(?:\\n|\n)(.*?)<\|im_end\|>", template, re.S):
