@@ -616,7 +616,9 @@ def split_outside(text, mark):
 
 
 def items(text):
-    """(brackets, parts) of a tuple or an interval; ("", parts) of a list or a set, whose order means nothing."""
+    """(brackets, parts) of a tuple, an interval or a matrix; ("", parts) of a list or a set: their order is nothing."""
+    if matrix := re.fullmatch(r"\\begin\{([a-z]?matrix)\}(.*)\\end\{\1\}", text):
+        return "matrix", [cell for row in matrix[2].split(r"\\") for cell in (*row.split("&"), "row")]
     text = text[2:-2] if text.startswith("\\{") and text.endswith("\\}") else text
     parts = split_outside(text, r"\\cup(?![a-z])")
     parts = parts if len(parts) > 1 else [part for part in split_outside(text, "[,;]") if part]
@@ -648,16 +650,11 @@ def same(given, gold, depth=0):
         named = len(right) == 1 or not re.search("[+-]", right[0])  # x = 5 is 5; x + y = 5 is not
         return named and same(left[-1], right[-1], depth + 1)
     (open_a, a), (open_b, b) = items(given), items(gold)
-    grids = [re.fullmatch(r"\\begin\{([a-z]?matrix)\}(.*)\\end\{\1\}", side) for side in (given, gold)]
-    if any(grids):
-        a, b = ([cell for row in grid[2].split(r"\\") for cell in (*row.split("&"), "row")] if grid else []
-                for grid in grids)
-        open_a = open_b = "matrix"
-    elif len(a) == len(b) == 1:
+    if len(a) == len(b) == 1:
         return same_value(a[0], b[0])
     if len(a) != len(b) or len(a) > 64:
         return False
-    if open_a and open_b:
+    if open_a and open_b or "matrix" in (open_a, open_b):
         return open_a == open_b and all(same(x.strip(), y.strip(), depth + 1) for x, y in zip(a, b))
     for x in a:
         found = next((n for n, y in enumerate(b) if same(x, y, depth + 1)), None)
