@@ -161,7 +161,6 @@ class Tokenizer:
         self._read_vocabulary(spec.get("model"), spec.get("added_tokens") or [])
         self._read_chat(path, settings)
         self._read_ends(path)
-        self._cache = {}
 
     def _need(self, fine, fault):
         if not fine:
@@ -277,12 +276,7 @@ class Tokenizer:
         for pattern in self._splits:
             pieces = [part for piece in pieces for part in cut(pattern, piece)]
         for piece in pieces:
-            found = self._cache.get(piece)
-            if found is None:
-                found = self._merge(piece.encode())
-                if len(piece) < 100 and len(self._cache) < 100_000:    # some tens of megabytes at most
-                    self._cache[piece] = found
-            ids += found
+            ids += self._merge(piece.encode())
         return ids
 
     def _merge(self, data):
