@@ -258,17 +258,17 @@ class Tokenizer:
             self._chat = f"{self._file}: lacks {self._end_of_turn}, which the chat template needs"
 
     def _read_ends(self, path):
-        self.end_ids, self.end_id = set(), self._added.get(self._end_of_turn)
+        ends = [self._added[self._end_of_turn]] if self._end_of_turn in self._added else []
         for file in (path / "generation_config.json", path / "config.json"):
-            ends = read_json(file, {}).get("eos_token_id")
-            for i in ends if isinstance(ends, list) else [ends] if ends is not None else []:
+            named = read_json(file, {}).get("eos_token_id")
+            named = named if isinstance(named, list) else [] if named is None else [named]
+            for i in named:
                 if type(i) is not int or not 0 <= i < len(self.known) or not self.known[i]:
                     raise ValueError(f"{file}: eos_token_id {str(i)[:20]} is not a token of {self._file.name}")
-                self.end_ids.add(i)
-                self.end_id = i if self.end_id is None else self.end_id
-        if self.end_id is None:
+            ends += named
+        if not ends:
             raise ValueError(f"{path / 'config.json'}: names no end-of-text token (eos_token_id)")
-        self.end_ids.add(self.end_id)
+        self.end_id, self.end_ids = ends[0], set(ends)
 
     def _encode(self, text):
         """Ids of text that is normalised: cut into pieces, and each merged."""
