@@ -337,10 +337,9 @@ def last_pair(token, pairs):
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
         places = [pairs.get(pair, math.inf) for pair in zip(parts, parts[1:])]
-        place = min(places)
-        if place == math.inf:
+        i = places.index(min(places))
+        if places[i] == math.inf:
             return None
-        i = places.index(place)
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
     return tuple(parts)
 
