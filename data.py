@@ -4,15 +4,15 @@ Three things stand between a language model and a benchmark:
 
 1. A tokenizer. Byte-level BPE: text is normalised (NFC, for Qwen), cut into pieces by regular expressions (words,
    numbers, runs of spaces), and in each piece bytes are merged pair by pair, the earliest-learnt merge first, until
-   no merge applies. The tokenizer.json of a published checkpoint says all of that; `Tokenizer` reads it, lets `regex`
-   do the cutting and tiktoken the merging, and gives token for token what the transformers library gives.
+   no merge applies. `Tokenizer` reads all of that from a checkpoint's tokenizer.json, lets `regex` do the cutting and
+   tiktoken the merging, and gives token for token what the transformers library gives.
 2. A chat format. An instruction-tuned model expects a question wrapped as in its training: `<|im_start|>user\\n...`.
-   Checkpoints carry a program (a Jinja template) for that. We run no programs of strangers: we look at the template,
-   recognise which of a few known formats it is, and write that format ourselves. What the user says stays text, also
-   where it spells a special token, so that a question cannot end its own turn.
-3. Questions and a marker. Benchmarks come in as many layouts as there are benchmarks, and an answer can be written in
-   many ways: 1/2, 0.5, \\frac12, 50\\%. `load_questions` brings the first to one shape, `grade` compares the second by
-   value: it evaluates both sides (a formula, at fixed points), never by running what a model wrote as code.
+   Checkpoints carry a program (a Jinja template) for that. We run no programs of strangers: we recognise which of a
+   few known formats it is, and write that format ourselves. What the user says stays text, also where it spells a
+   special token, so that a question cannot end its own turn.
+3. Questions and a marker. Every benchmark has its own layout, and an answer can be written in many ways: 1/2, 0.5,
+   \\frac12, 50\\%. `load_questions` brings the first to one shape, `grade` compares the second by value: it evaluates
+   both sides (a formula, at fixed points), never by running what a model wrote as code.
 
 The toy's questions come first: the other chapters train on them. Left out: SentencePiece, template engines, a judge.
 """
@@ -80,7 +80,7 @@ def toy_question(rng, rare, unreliable=False):
 
 
 def split_of(text):
-    """The split that a question with this text belongs to, by a hash of it: the same for every seed."""
+    """The split that a question belongs to, by a hash of its text, so that splits are disjoint for any two seeds."""
     digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
     return next(split for split, part in SPLITS.items() if digest % 100 in part)
 
@@ -88,8 +88,7 @@ def split_of(text):
 def toy_questions(split, rng, rare=0.5, unseen=True, unreliable=False):
     """An endless stream of toy questions of one split: "train", "held_out" (thresholds, checks on the way) or "eval".
 
-    A question belongs to a split by a hash of its text, so splits are disjoint whatever the seeds. rare: the share of
-    questions that name a rare thing. unseen=False leaves out the facts that neither training stage may see.
+    rare: the share that names a rare thing. unseen=False leaves out the facts that neither training stage may see.
     """
     while True:
         question = toy_question(rng, rng.random() < rare, unreliable)
@@ -351,9 +350,8 @@ def cut(pattern, text):
 
 
 def chat_format(template):
-    """Recognise a published chat template: ((text before the user's, text after it, strip the user's), end of turn).
-
-    (None, None) for a format that is not known. The template is read as text, never run.
+    """Recognise a published chat template, as text: ((text before the user's, text after it, strip the user's), end of
+    turn), or (None, None) for a format that is not known.
     """
     strip = bool(re.search(r"content['\"\])]*\s*\|\s*trim", template))
     if "<|start_header_id|>" in template and "<|eot_id|>" in template:  # Llama 3
