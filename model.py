@@ -176,13 +176,12 @@ class Transformer(nn.Module):
     def initialize(self, seed):
         """Fresh weights: normal with standard deviation fan_in^-0.5 (embedding: 0.05), zero biases. Returns self."""
         generator = torch.Generator().manual_seed(seed)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features ** -0.5, generator=generator)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.05, generator=generator)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                std = 0.05 if parameter is self.embed.weight else parameter.shape[1] ** -0.5
+                nn.init.normal_(parameter, std=std, generator=generator)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
         return self
 
     def hidden(self, tokens, cache=None, counts=None, grid=None):
