@@ -490,17 +490,17 @@ def checkpoint_tensors(model):
     """{name in a checkpoint: view of our parameter}. The one place that knows both layouts: load() copies into the
     views, save() writes them."""
     c, tensors = model.config, {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm.weight}
-    qkv = [c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim]
+    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     for i, layer in enumerate(model.layers):
-        parts = [(layer.attn_norm, ["input_layernorm"], None), (layer.ffn_norm, ["post_attention_layernorm"], None),
-                 (layer.qkv, ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], qkv),
-                 (layer.out, ["self_attn.o_proj"], None), (layer.down, ["mlp.down_proj"], None),
-                 (layer.gate_up, ["mlp.gate_proj", "mlp.up_proj"], [c.ffn, c.ffn])]
+        parts = {layer.attn_norm: {"input_layernorm": c.hidden}, layer.ffn_norm: {"post_attention_layernorm": c.hidden},
+                 layer.qkv: {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv},
+                 layer.out: {"self_attn.o_proj": c.hidden}, layer.down: {"mlp.down_proj": c.hidden},
+                 layer.gate_up: {"mlp.gate_proj": c.ffn, "mlp.up_proj": c.ffn}}       # name: its rows of the matrix
         if c.qk_norm:
-            parts += [(layer.q_norm, ["self_attn.q_norm"], None), (layer.k_norm, ["self_attn.k_norm"], None)]
-        for module, names, sizes in parts:
+            parts |= {layer.q_norm: {"self_attn.q_norm": c.head_dim}, layer.k_norm: {"self_attn.k_norm": c.head_dim}}
+        for module, rows in parts.items():
             for kind, parameter in module.named_parameters():    # weight, and bias where there is one
-                for name, view in zip(names, parameter.split(sizes or len(parameter))):
+                for name, view in zip(rows, parameter.split(list(rows.values()))):
                     tensors[f"model.layers.{i}.{name}.{kind}"] = view
     if not c.tied:
         tensors["lm_head.weight"] = model.head.weight
