@@ -401,14 +401,14 @@ def parse_config(raw, path):
 
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}   # older, and transformers 5, which reads both
     rope = dict(rope) if isinstance(rope, dict) else {"rope_type": rope}
-    rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+    rope["rope_type"] = scaling = rope.get("rope_type", rope.get("type", "default"))
     needs = {"default": (), "linear": ("factor",), "llama3": (
         "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-    if not isinstance(rope["rope_type"], str) or rope["rope_type"] not in needs:
-        raise ValueError(f"{path}: rope type {rope['rope_type']!r} is not supported (supported: {', '.join(needs)})")
-    for key in needs[rope["rope_type"]]:
+    if not isinstance(scaling, str) or scaling not in needs:
+        raise ValueError(f"{path}: rope type {scaling!r} is not supported (supported: {', '.join(needs)})")
+    for key in needs[scaling]:
         number(key, kinds=(int, float), values=rope)
-    if rope["rope_type"] == "llama3" and not rope["high_freq_factor"] > rope["low_freq_factor"]:
+    if scaling == "llama3" and not rope["high_freq_factor"] > rope["low_freq_factor"]:
         raise ValueError(f"{path}: high_freq_factor must exceed low_freq_factor")
     kinds = raw.get("layer_types") or []
     if raw.get("use_sliding_window") or not isinstance(kinds, list) or any(k != "full_attention" for k in kinds):
@@ -422,7 +422,7 @@ def parse_config(raw, path):
         layers=number("num_hidden_layers"), heads=heads, kv_heads=number("num_key_value_heads", heads),
         head_dim=number("head_dim", max(hidden // heads, 1)), context=number("max_position_embeddings", 2048),
         rope_theta=float(number("rope_theta", 10000.0, (int, float), rope if rope.get("rope_theta") else raw)),
-        rope_scaling=None if rope["rope_type"] == "default" else rope,
+        rope_scaling=None if scaling == "default" else rope,
         norm_eps=float(number("rms_norm_eps", 1e-6, (int, float))),
         qkv_bias=attention_bias or kind == "qwen2",       # Qwen2 always has them, and its config does not say so
         o_bias=attention_bias and kind != "qwen2", mlp_bias=bool(raw.get("mlp_bias", False)),
