@@ -106,9 +106,8 @@ class Grid(NamedTuple):
 class Layer(nn.Module):
     """Attention and feed-forward, each added to the residual stream.
 
-    q, k and v share one matrix, and so do gate and up: three matrix products fewer in each layer. A decoding step is
-    bound by the number of operations and the bytes of weights, so this is its cheapest speed-up. (linear(m, x) is m(x),
-    or the same from weights in a faster order; see below.)
+    q, k and v share one matrix, and so do gate and up: three matrix products fewer, where a decoding step is bound by
+    the number of operations and the bytes of weights. (linear(m, x) is m(x), or the same by a faster way; see below.)
     """
 
     def __init__(self, config):
@@ -236,10 +235,9 @@ def prepack(model, free=False):
     """Copy weight matrices into the order in which oneDNN's matrix product on x86 CPUs reads them. Elsewhere: nothing.
 
     PyTorch brings a matrix into that order anew for every product, which for the few rows of a decoding step takes
-    longer than the product itself: packed, a step of 1 to 32 rows takes a half to two thirds of the time. (A matrix of
-    the toy's size is in the processor's cache anyway, and is left alone.) The copies do not follow the weights, so
-    whoever samples from a model that learns calls forget() with what this returns. free=True gives the originals'
-    memory back, for a model that is only sampled from.
+    longer than the product itself: packed, a step of 1 to 32 rows takes a half to two thirds of the time. (The toy's
+    matrices are in the processor's cache anyway, and left alone.) The copies do not follow the weights: after sampling,
+    a model that learns needs forget() of what this returns. free=True, for one that does not, frees the originals.
     """
     packed = []
     for matrix in model.matrices():
