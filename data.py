@@ -271,12 +271,10 @@ class Tokenizer:
 
     def _encode(self, text):
         """Ids of text that is normalised: cut into pieces, and each merged."""
-        pieces, ids = [text], []
+        pieces = [text]
         for pattern in self._splits:
             pieces = [part for piece in pieces for part in cut(pattern, piece)]
-        for piece in pieces:
-            ids += self._merge(piece.encode())
-        return ids
+        return [i for piece in pieces for i in self._merge(piece.encode())]
 
     def _merge(self, data):
         """Ids of one piece of text, given as bytes. A byte that the vocabulary lacks is dropped, as in transformers."""
