@@ -367,7 +367,6 @@ class Cache:
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 
 
 def read_json(path):
@@ -446,7 +445,7 @@ def read_safetensors(path):
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if length > min(MAX_HEADER, size - 8):
+            if length > min(100_000_000, size - 8):    # the format's own limit, and the file's
                 raise fault(f"header of {length} bytes in a file of {size}")
             try:
                 header = json.loads(file.read(length).decode("utf-8"))
