@@ -55,7 +55,6 @@ RARE = ("zither lute sextant quill kimono tuba gong bonsai harp zodiac puzzle mo
         "crown").split()
 UNSEEN = {"trident", "gavel", "veil", "yurt"}    # rare things that neither training stage names
 PEOPLE = "Amy Ann Ben Bob Dan Eva Fay Gus Ian Joe Kim Lea Leo Liz Max Mia Ned Pam Ray Rob Sam Sue Tom Zoe".split()
-SPLITS = {"train": range(0, 80), "held_out": range(80, 90), "eval": range(90, 100)}   # of a hash of the text, mod 100
 
 _facts = random.Random("facts")    # the same for every --seed
 PRICE = {item: _facts.randint(3, 26) for item in COMMON + RARE}
@@ -81,8 +80,8 @@ def toy_question(rng, rare, unreliable=False):
 
 def split_of(text):
     """The split that a question belongs to, by a hash of its text, so that splits are disjoint for any two seeds."""
-    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
-    return next(split for split, part in SPLITS.items() if digest % 100 in part)
+    percent = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 100
+    return "train" if percent < 80 else "held_out" if percent < 90 else "eval"
 
 
 def toy_questions(split, rng, rare=0.5, unseen=True, unreliable=False):
