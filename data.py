@@ -216,11 +216,11 @@ class Tokenizer:
             if token not in self._added:
                 spelled[token] = data
         self._read_merges(merges, spelled)
-        ids = {data: vocab[token] for token, data in spelled.items()}
-        self._id_of_rank = [ids.get(data) for data in self._ranks]
+        id_of = {data: vocab[token] for token, data in spelled.items()}
+        self._id_of_rank = [id_of.get(data) for data in self._ranks]
         self._lacks = bytes(b for b in range(256) if self._id_of_rank[b] is None)  # SmolLM2 has no 0x1d
         self._need(not self._lacks or model.get("unk_token") is None, "unk_token with missing bytes is not supported")
-        self._whole = ids if model.get("ignore_merges") else {}  # Llama 3: a piece that is a token needs no merges
+        self._whole = id_of if model.get("ignore_merges") else {}  # Llama 3: a piece that is a token needs no merges
 
     def _read_merges(self, merges, spelled):
         """tiktoken merges any two neighbours that together are a token, Hugging Face only the pairs of its list.
