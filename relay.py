@@ -328,8 +328,7 @@ def relay_batch(slm, llm, tokenizer, rows, *, tell, progress, temperature, llm_t
                 no_calls):
     """Write the responses of these rows, turn by turn. A row is named by its index.
 
-    The whole of it is the loop `while live` at the end: slm_turn() returns the rows that wait for the LLM, llm_turn()
-    those that go on. Without an LLM nobody ever waits, and slm_turn() returns none.
+    Without an LLM nobody ever waits: the SLM's first turn lasts until all rows have ended.
     """
     known = torch.tensor(tokenizer.known, device=slm.embed.weight.device)
     banned = completing(tokenizer, known.device) if no_calls else None
@@ -347,9 +346,20 @@ def relay_batch(slm, llm, tokenizer, rows, *, tell, progress, temperature, llm_t
         ids = sample(logprobs, [rows[r].uniforms.item(len(rows[r].out.tokens)) for r in order], heat, nucleus)
         return order, logprobs, ids
 
-    def slm_turn(live):
-        """The SLM writes until every live row waits for the LLM. Returns the rows that are still live."""
-        turn = live
+    def retire(live):
+        """Take the rows that have ended out of the caches. Returns the others."""
+        ended = [r for r in live if rows[r].out.end]
+        if ended:
+            slm_reader.drop(ended)
+            if llm_reader:
+                llm_reader.drop(ended)
+            if progress:
+                progress(len(ended))
+        return [r for r in live if not rows[r].out.end]
+
+    live = retire(range(len(rows)))                        # a budget of 0 is spent before the first token
+    while live:
+        turn = live                                        # the SLM writes until every live row waits for the LLM
         while turn:
             order, logprobs, ids = draw(slm_reader, turn, temperature, top_p, banned)
             chosen = logprobs.gather(-1, ids[:, None].to(logprobs.device))[:, 0].tolist()
@@ -367,14 +377,11 @@ def relay_batch(slm, llm, tokenizer, rows, *, tell, progress, temperature, llm_t
                     row.call(n, n if fixed is None else fixed)
             live = retire(live)
             turn = [r for r in order if not rows[r].out.end and not rows[r].owed]
-        return live
 
-    def llm_turn(live):
-        """The LLM serves all rows, which all wait for it, as one batch, each until it has its tokens."""
         for r in live:
             new = rows[r].out.tokens[rows[r].since:]
             llm_reader.feed(r, new if router else without_commands(new, tokenizer))   # a router's commands are text
-        turn = live
+        turn = live                                        # the LLM serves them all as one batch
         while turn:
             order, logprobs, ids = draw(llm_reader, turn, llm_temperature)
             sure = (entropy(logprobs) < router[1]).tolist() if router else [False] * len(order)
@@ -389,23 +396,6 @@ def relay_batch(slm, llm, tokenizer, rows, *, tell, progress, temperature, llm_t
                     row.owed = 0
             live = retire(live)
             turn = [r for r in order if not rows[r].out.end and rows[r].owed]
-        return live
-
-    def retire(live):
-        """Take the rows that have ended out of the caches. Returns the others."""
-        ended = [r for r in live if rows[r].out.end]
-        if ended:
-            slm_reader.drop(ended)
-            if llm_reader:
-                llm_reader.drop(ended)
-            if progress:
-                progress(len(ended))
-        return [r for r in live if not rows[r].out.end]
-
-    live = retire(range(len(rows)))                        # a budget of 0 is spent before the first token
-    while live:
-        live = slm_turn(live)
-        live = llm_turn(live)
 
     for r, row in enumerate(rows):
         slm_prefill, slm_decode = slm_reader.cost(r)
