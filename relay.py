@@ -247,7 +247,8 @@ class Row:
     """The state of one roll-out while it is written."""
 
     def __init__(self, prompt, budget, seed):
-        self.out, self.budget = Rollout(list(prompt), end="" if budget > 0 else "length"), budget
+        self.out = Rollout(list(prompt), end="" if budget > 0 else "length")
+        self.left = budget   # tokens that may still be written
         self.uniforms = np.random.default_rng(seed).random(max(budget, 0))    # one for each token, whoever writes it
         self.tail = b""      # the end of the SLM's text since the LLM's last token, where a command may stand
         self.since = 0       # index of the first token that the LLM has not been fed
@@ -256,6 +257,7 @@ class Row:
     def append(self, token, by_llm, logprob, ends):
         """Add one token; decides whether the response ends with it."""
         out = self.out
+        self.left -= 1
         out.tokens.append(token)
         out.by_llm.append(by_llm)
         out.logprobs.append(logprob)
@@ -264,17 +266,13 @@ class Row:
             out.calls[-1] = out.calls[-1]._replace(delivered=out.calls[-1].delivered + 1)
         if token in ends:
             out.end = "eos_by_llm" if by_llm else "eos"
-        elif len(out.tokens) == self.budget:
+        elif self.left == 0:
             out.end = "length"
 
     def call(self, asked, granted):
         """The LLM is asked for `granted` tokens, cut to the budget left. Zero: noted, and the SLM goes on at once."""
         self.owed = min(granted, self.left)
         self.out.calls.append(Call(len(self.out.tokens), asked, 0))
-
-    @property
-    def left(self):
-        return self.budget - len(self.out.tokens)
 
     def find_command(self, piece):
         """n, if the token with these bytes completes a command, else None. A command is found however it is cut."""
