@@ -136,14 +136,14 @@ class Reader:
     """
 
     def __init__(self, model, prompts):
-        self.model, self.cache, self.prompts = model, Cache(model), prompts
+        self.model, self.cache = model, Cache(model)
         self.tokens = [list(prompt) for prompt in prompts]         # row -> all that this model is to see
         self.own = [[False] * len(prompt) for prompt in prompts]   # row -> for each of those: did this model write it?
         self.cached = [0] * len(prompts)                           # row -> how many of them are in the cache
         self.copied = [0] * len(prompts)                           # row -> how many of those another row has read
-        first = {}
-        self.group = [first.setdefault(tuple(p), row) for row, p in enumerate(prompts)]   # row -> first of its prompt
-        self.holder = {}                                           # group -> a row whose cache holds its prompt
+        self.prompts = [tuple(prompt) for prompt in prompts]       # row -> its prompt
+        self.twins = Counter(self.prompts)                         # prompt -> how many rows have it
+        self.holder = {}                                           # prompt -> a row whose cache holds it
 
     def feed(self, row, tokens, own=False):
         self.tokens[row] += tokens
@@ -167,16 +167,13 @@ class Reader:
 
         Each row reads the prompt's last token itself, because it needs the logits after it.
         """
-        if not new:
-            return
-        twins = Counter(self.group)
-        new = [row for row in new if twins[self.group[row]] > 1 and len(self.prompts[row]) > 1]
-        readers = [row for row in new if self.holder.setdefault(self.group[row], row) == row]
+        new = [row for row in new if self.twins[self.prompts[row]] > 1 and len(self.prompts[row]) > 1]
+        readers = [row for row in new if self.holder.setdefault(self.prompts[row], row) == row]
         goal, chunk = [len(prompt) - 1 for prompt in self.prompts], chunk_size(readers)
         while unread := [row for row in readers if self.cached[row] < goal[row]]:
             self.read(unread, goal, chunk)
-        for source in {self.holder[self.group[row]] for row in new}:
-            copies = [row for row in new if self.group[row] == self.group[source] and row != source]
+        for source in {self.holder[self.prompts[row]] for row in new}:
+            copies = [row for row in new if self.prompts[row] == self.prompts[source] and row != source]
             self.cache.copy(source, copies, goal[source])
             for row in copies:
                 self.cached[row] = self.copied[row] = goal[source]
@@ -199,8 +196,7 @@ class Reader:
 
     def drop(self, rows):
         """Forget rows that have ended, and give their part of the cache back."""
-        gone = set(rows)
-        self.holder = {group: row for group, row in self.holder.items() if row not in gone}
+        self.holder = {prompt: row for prompt, row in self.holder.items() if row not in rows}
         self.cache.drop(rows)
 
 
