@@ -217,14 +217,14 @@ def without_commands(tokens, tokenizer):
         if touching:
             rest += bytes(byte for i, byte in enumerate(piece, start) if not any(a <= i < b for a, b in touching))
         else:
-            kept += (tokenizer.encode_bytes(rest) if rest else []) + [token]
+            kept += tokenizer.encode_bytes(rest) + [token]
             rest = b""
-    return kept + (tokenizer.encode_bytes(rest) if rest else [])
+    return kept + tokenizer.encode_bytes(rest)
 
 
 def begun(tail):
     """How many bytes of a command's opening stand at the end of this text."""
-    return next(n for n in range(len(OPEN) - 1, -1, -1) if tail.endswith(OPEN[:n]))
+    return max(n for n in range(len(OPEN)) if tail.endswith(OPEN[:n]))
 
 
 def completing(tokenizer, device):
