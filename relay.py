@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -672,21 +673,18 @@ def main():
         questions = [piped(wait=not toy)]
         if toy and not questions[0]:
             questions = [next(toy_questions("eval", random.Random(args.seed), rare=1.0)).text]
-    try:
+    with suppress(EOFError):                                         # the end of what is typed
         for text in questions:
-            if text.strip():
-                try:
-                    if not args.interactive or not sys.stdin.isatty():       # else it has just been typed
-                        print(text)
-                    show(text if toy else f"{text}\n{INSTRUCTION}", slm, llm, tokenizer, args, colour)
-                except ValueError as error:                                  # too long, say: the next one may be fine
-                    if not args.interactive:
-                        raise
-                    print(error)
-            elif not args.interactive:
-                raise ValueError("the question is empty; give one as an argument, or pipe it in")
-    except EOFError:
-        pass
+            try:
+                if not text.strip():
+                    raise ValueError("the question is empty; give one as an argument, or pipe it in")
+                if not args.interactive or not sys.stdin.isatty():   # else it has just been typed
+                    print(text)
+                show(text if toy else f"{text}\n{INSTRUCTION}", slm, llm, tokenizer, args, colour)
+            except ValueError as error:
+                if not args.interactive:                             # where the next question may be fine
+                    raise
+                print(error)
 
 
 if __name__ == "__main__":
