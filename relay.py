@@ -247,8 +247,8 @@ class Row:
         self.out = Rollout(list(prompt), end="" if budget > 0 else "length")
         self.left = budget   # tokens that may still be written
         self.uniforms = np.random.default_rng(seed).random(max(budget, 0))    # one for each token, whoever writes it
-        self.tail = b""      # the end of the SLM's text since the LLM's last token, where a command may stand
-        self.since = 0       # index of the first token that the LLM has not been fed
+        self.since = 0       # index of the first token that the LLM has not been fed: the one after its own last
+        self.tail = b""      # the end of the SLM's text from there on, where a command may stand
         self.owed = 0        # tokens that the LLM has still to write; above 0 the row waits for it
 
     def append(self, token, by_llm, logprob, ends):
@@ -260,6 +260,7 @@ class Row:
         out.logprobs.append(logprob)
         if by_llm:
             self.owed -= 1
+            self.since, self.tail = len(out.tokens), b""
             out.calls[-1] = out.calls[-1]._replace(delivered=out.calls[-1].delivered + 1)
         if token in ends:
             out.end = "eos_by_llm" if by_llm else "eos"
@@ -386,7 +387,6 @@ def relay_batch(slm, llm, tokenizer, rows, *, tell, progress, temperature, llm_t
                 llm_reader.feed(r, [token], own=True)
                 slm_reader.feed(r, [token])
                 tell(r, token, True)
-                row.since, row.tail = len(row.out.tokens), b""
                 if stop:
                     row.owed = 0
             live = retire(live)
