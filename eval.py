@@ -28,7 +28,6 @@ import importlib.util
 import itertools
 import json
 import random
-import re
 import time
 from collections import Counter
 
@@ -44,6 +43,7 @@ from warmup import progress_bar
 TOY = dict(temperature=0.7, max_new_tokens=96, limit=1000, fixed=[1, 4, 9])
 PAPER = dict(temperature=0.0, max_new_tokens=8192, fixed=[20, 100, 500])
 THRESHOLDS = [0.05, 0.1, 0.2, 0.4, 0.8, 1.6]     # of the token router, in nats
+ROWS = ["warmup", "relay_no_teacher", "fixed", "token_router"]     # that --rows may leave out
 VARIANTS = {                                     # directory in the run: the flags of grpo.py that make it
     "grpo_no_call": "--slm {slm} --no-teacher --reward simple",
     "simple_reward": "--reward simple",
@@ -316,8 +316,8 @@ def arguments():
     g = p.add_argument_group("the table")
     g.add_argument("--repeat", type=positive(int), default=1,
                    help="answers to each question, at a --temperature above 0 (1; the paper's AIME: 32)")
-    g.add_argument("--rows", nargs="*", choices=["warmup", "relay_no_teacher", "fixed", "token_router", *VARIANTS],
-                   metavar="METHOD", help="beside slm, relay and llm only these (default: all)")
+    g.add_argument("--rows", nargs="*", choices=[*ROWS, *VARIANTS], default=ROWS, metavar="METHOD",
+                   help="beside slm, relay and llm only these (default: all)")
     g.add_argument("--fixed", type=positive(int), nargs="+", metavar="N", help="lengths of the fixed_N rows")
     g.add_argument("--fit", type=positive(int), default=200, help="other questions, to fit the token router on (200)")
     g.add_argument("--all", action="store_true", help="also what grpo.py --variant has put into the run")
@@ -344,16 +344,16 @@ def fit_questions(args, run, questions):
 
 def find_variants(args, run, slm):
     """{name: its settings} of the models of grpo.py --variant that are asked for. Says how to make what is missing."""
-    stages = run.info["stages"]
-    there = {name: stage for name, stage in stages.items()
-             if name not in ("warmup", "grpo") and not name.startswith("pretrain") and run.has(name)}
-    grpo = stages["grpo"]
+    stages, grpo = run.info["stages"], run.info["stages"]["grpo"]
+    asked = lambda name: args.all or name in args.rows
+    there = {name: stage for name, stage in stages.items() if asked(name) and run.has(name)
+             and name not in ("warmup", "grpo") and not name.startswith("pretrain")}
     same = f"--seed {grpo['seed']}" + (f" --questions {grpo['questions']}" if "questions" in grpo else "")
     for name, flags in VARIANTS.items():
-        if name not in there and (args.all or name in (args.rows or ())):
+        if asked(name) and name not in there:
             print(f"{name} is missing; make it, with what other flags grpo had: python grpo.py --run {run.path} "
                   f"--variant {name} {same} {flags.format(slm=slm)}")
-    return there if args.all else {name: stage for name, stage in there.items() if name in (args.rows or ())}
+    return there
 
 
 class Table:
@@ -419,20 +419,23 @@ def main():
     paths |= {name: run.path / name for name in variants}
     questions = (list(itertools.islice(toy_questions("eval", random.Random(f"eval {args.seed}")), args.limit)) if toy
                  else load_questions(args.questions, args.limit))
-    routed = args.rows is None or "token_router" in args.rows
-    others = fit_questions(args, run, questions) if routed else []
+    others = fit_questions(args, run, questions) if "token_router" in args.rows else []
     out = run.path / "eval"
     out.mkdir(parents=True, exist_ok=True)
     table = Table(paths, device, dtype, questions, Answers(out / "answers.jsonl"), args)
 
-    plan = [("slm", "slm", None, {}), ("warmup", "warmup", "llm", {}), ("relay", "relay", "llm", {}),
-            ("relay_no_teacher", "relay", None, dict(no_calls=True)), ("llm", "llm", None, {}),
-            *((f"fixed_{n}", "relay", "llm", dict(fixed=n)) for n in args.fixed),
-            *((name, name, None if stage.get("no_teacher") else "llm", {}) for name, stage in variants.items())]
-    for method, writer, helper, options in plan:
-        if args.rows is None or re.sub(r"_\d+", "", method) in ("slm", "relay", "llm", *args.rows, *variants):
-            table.ask(method, writer, helper, **options)
-    sweep = table.route(others) if routed else {}
+    table.ask("slm", "slm")
+    if "warmup" in args.rows:
+        table.ask("warmup", "warmup", "llm")
+    table.ask("relay", "relay", "llm")
+    if "relay_no_teacher" in args.rows:
+        table.ask("relay_no_teacher", "relay", no_calls=True)
+    table.ask("llm", "llm")
+    for n in args.fixed if "fixed" in args.rows else ():
+        table.ask(f"fixed_{n}", "relay", "llm", fixed=n)
+    for name, stage in variants.items():
+        table.ask(name, name, None if stage.get("no_teacher") else "llm")
+    sweep = table.route(others) if others else {}
     rows, right, relayed = table.rows, table.right, table.rollouts["relay"]
     routers(rows, right)
 
