@@ -86,28 +86,27 @@ class Answers:
         """Roll-outs and seconds of `questions`, each args.repeat times. writer, helper: models; marks: fingerprints."""
         settings = dict(marks=marks, dtypes=[str(m.embed.weight.dtype) for m in (writer, helper) if m],
                         temperature=args.temperature, max_new_tokens=args.max_new_tokens, **options)
-        jobs = []
-        for i, question in enumerate(questions):
-            prompt = tokenizer.chat(question.text)
-            for k in range(args.repeat):
-                seed = (args.seed, i * args.repeat + k)
-                text = json.dumps([settings, seed, prompt], sort_keys=True, default=list)
-                jobs.append((hashlib.sha256(text.encode()).hexdigest(), prompt, seed, i, k))
+        jobs = []                                 # of each answer its key, prompt and seed
+        for n in range(len(questions) * args.repeat):
+            prompt, seed = tokenizer.chat(questions[n // args.repeat].text), (args.seed, n)
+            text = json.dumps([settings, seed, prompt], sort_keys=True, default=list)
+            jobs.append((hashlib.sha256(text.encode()).hexdigest(), prompt, seed))
         missing = [job for job in jobs if job[0] not in self.known]
         with progress_bar(total=len(jobs), initial=len(jobs) - len(missing), desc=method, unit="answer") as bar:
             for start in range(0, len(missing), args.batch):
                 part, before = missing[start:start + args.batch], time.perf_counter()
-                rollouts = relay(writer, helper, tokenizer, [job[1] for job in part], seed=[job[2] for job in part],
-                                 max_new_tokens=args.max_new_tokens, temperature=args.temperature, progress=bar.update,
-                                 **options)
+                _, prompts, seeds = zip(*part)
+                rollouts = relay(writer, helper, tokenizer, prompts, seed=seeds, max_new_tokens=args.max_new_tokens,
+                                 temperature=args.temperature, progress=bar.update, **options)
                 seconds = (time.perf_counter() - before) / len(part)
                 with open(self.path, "a", encoding="utf-8") as file:
-                    for (key, _, _, i, k), r in zip(part, rollouts):
-                        self.known[key] = dict(key=key, method=method, question=i, repeat=k, tokens=r.tokens,
-                                               calls=r.calls, end=r.end, cost=r.cost, seconds=seconds)
+                    for (key, _, (_, n)), r in zip(part, rollouts):
+                        self.known[key] = dict(key=key, method=method, question=n // args.repeat,
+                                               repeat=n % args.repeat, tokens=r.tokens, calls=r.calls, end=r.end,
+                                               cost=r.cost, seconds=seconds)
                         file.write(json.dumps(self.known[key]) + "\n")
         rollouts, seconds = [], 0.0
-        for key, prompt, *_ in jobs:
+        for key, prompt, _ in jobs:
             record = self.known[key]
             by_llm, calls = [False] * len(record["tokens"]), [Call(*call) for call in record["calls"]]
             for call in calls:
