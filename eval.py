@@ -223,25 +223,25 @@ def where_calls_happen(questions, rollouts, tokenizer, repeat):
 
 def as_text(rows):
     """results.json as the table that is printed."""
-    head = f"{'method':25}{'accuracy':>9}  {'95% interval':15}{'rho':>9}{'calls':>7}{'n':>6}{'length':>8}{'cut':>6}"
-    lines = [head + f"{'parameters':>12}{'time':>9}"]
+    lines = [f"{'method':25}{'accuracy':>9}  {'95% interval':15}{'rho':>9}{'calls':>7}{'n':>6}{'length':>8}{'cut':>6}"
+             f"{'parameters':>12}{'time':>9}"]
     base = next((row["seconds"] for row in rows if row["method"] == "llm"), 0) or 1
     for row in rows:
-        low, high = row["ci95"]
-        line = f"{row['method']:25}{row['accuracy']:9.1%}  {f'{low:.1%} - {high:.1%}':15}{row['rho']:9.2%}"
-        if "length" in row:
-            line += figures(row) + f"{row['parameters_a_token']:12,.0f}{row['seconds'] / base:8.2f}x"
-        lines.append(line)
+        lines.append(columns(row["method"], row, "{:.1%} - {:.1%}".format(*row["ci95"])))
+        if "seconds" in row:
+            lines[-1] += f"{row['parameters_a_token']:12,.0f}{row['seconds'] / base:8.2f}x"
         for kind, part in row.get("by_kind", {}).items():
-            lines.append(f"  {kind:23}{part['accuracy']:9.1%}  {part['questions']:>5} questions{part['rho']:9.2%}"
-                         + figures(part))
+            lines.append(columns(f"  {kind}", part, f"{part['questions']:>5} questions"))
     return "\n".join(lines)
 
 
-def figures(part):
-    """The columns calls, n, length and cut of a row, or of its questions of one kind."""
-    asked = f"{part['asked']:.1f}" if part["asked"] else "-"
-    return f"{part['call_rate']:7.0%}{asked:>6}{part['length']:8.1f}{part['cut']:6.1%}"
+def columns(name, row, beside):
+    """The columns up to cut, of a row or of its questions of one kind. beside: what stands beside the accuracy."""
+    line = f"{name:25}{row['accuracy']:9.1%}  {beside:15}{row['rho']:9.2%}"
+    if "length" in row:                           # not of the computed rows
+        asked = f"{row['asked']:.1f}" if row["asked"] else "-"
+        line += f"{row['call_rate']:7.0%}{asked:>6}{row['length']:8.1f}{row['cut']:6.1%}"
+    return line
 
 
 def tell(ours, analysis):
