@@ -141,24 +141,6 @@ def summary(right, rollouts, alone_is_llm=False):
                 length=tokens / n, cut=sum(r.end == "length" for r in rollouts) / n)
 
 
-def result(method, questions, rollouts, tokenizer, args, writer, helper, seconds):
-    """One row of results.json, and whether each answer is right, averaged over repeats, (questions,)."""
-    right = [is_right(questions[i // args.repeat], r, tokenizer) for i, r in enumerate(rollouts)]
-    right, alone = np.reshape(right, (len(questions), args.repeat)).mean(axis=1), method == "llm"
-    by_kind = {}
-    for kind in sorted({q.kind for q in questions if q.kind}):
-        chosen = [i for i, q in enumerate(questions) if q.kind == kind]
-        answers = [r for i in chosen for r in rollouts[i * args.repeat:(i + 1) * args.repeat]]
-        by_kind[kind] = summary(right[chosen], answers, alone)
-    small, large = parameters(writer.config), parameters(helper.config) if helper else 0
-    ran = sum((r.cost["slm_prefill"] + r.cost["slm_decode"]) * small
-              + (r.cost["llm_prefill"] + r.cost["llm_decode"]) * large for r in rollouts)
-    row = dict(method=method, **summary(right, rollouts, alone), ci95=interval(right), seed=args.seed,
-               temperature=args.temperature, max_new_tokens=args.max_new_tokens, repeat=args.repeat,
-               parameters_a_token=ran / max(1, sum(len(r.tokens) for r in rollouts)), seconds=seconds, by_kind=by_kind)
-    return row, right
-
-
 def routers(rows, right):
     """The random router's two rows, from the measured answers; and the relay's figures against it, into its row.
 
@@ -363,7 +345,7 @@ class Table:
         self.paths, self.device, self.questions, self.answers, self.args = paths, device, questions, answers, args
         slm, llm, self.tokenizer = load_pair(paths["slm"], paths["llm"], device, dtype)
         self.models, self.marks = dict(slm=slm, llm=llm), {}
-        self.rows, self.right, self.rollouts = {}, {}, {}      # of each method
+        self.rows, self.right, self.rollouts = {}, {}, {}      # of each method; right: a share for each question
 
     def model(self, name):
         """A model by its name. Beside SLM and LLM one more is in memory, the last that was asked for."""
@@ -377,11 +359,23 @@ class Table:
 
     def ask(self, method, writer, helper=None, questions=None, **options):
         """A method's row. It goes into the table, but for those of other questions than the table's."""
-        asked = questions or self.questions
+        asked, args = questions or self.questions, self.args
         models = self.model(writer), self.model(helper) if helper else None
         marks = [self.marks[writer], self.marks.get(helper)]
-        rollouts, seconds = self.answers.write(method, *models, marks, self.tokenizer, asked, self.args, **options)
-        row, right = result(method, asked, rollouts, self.tokenizer, self.args, *models, seconds)
+        rollouts, seconds = self.answers.write(method, *models, marks, self.tokenizer, asked, args, **options)
+        groups = [rollouts[i:i + args.repeat] for i in range(0, len(rollouts), args.repeat)]
+        right = np.mean([[is_right(q, r, self.tokenizer) for r in group] for q, group in zip(asked, groups)], axis=1)
+        by_kind, alone = {}, method == "llm"
+        for kind in sorted({q.kind for q in asked if q.kind}):
+            chosen = [i for i, q in enumerate(asked) if q.kind == kind]
+            by_kind[kind] = summary(right[chosen], [r for i in chosen for r in groups[i]], alone)
+        small, large = (parameters(model.config) if model else 0 for model in models)
+        ran = sum((r.cost["slm_prefill"] + r.cost["slm_decode"]) * small
+                  + (r.cost["llm_prefill"] + r.cost["llm_decode"]) * large for r in rollouts)
+        row = dict(method=method, **summary(right, rollouts, alone), ci95=interval(right), seed=args.seed,
+                   temperature=args.temperature, max_new_tokens=args.max_new_tokens, repeat=args.repeat,
+                   parameters_a_token=ran / max(1, sum(len(r.tokens) for r in rollouts)), seconds=seconds,
+                   by_kind=by_kind)
         if questions is None:
             self.rows[method], self.right[method], self.rollouts[method] = row, right, rollouts
         return row
