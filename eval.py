@@ -119,13 +119,11 @@ class Answers:
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
 
-DRAWS = 2000
-
 
 def interval(values, statistic=np.mean):
-    """95% percentile bootstrap interval of statistic(values), resampled by question (the last axis)."""
+    """95% percentile bootstrap interval of statistic(values), resampled 2,000 times by question (the last axis)."""
     values = np.asarray(values, dtype=float)
-    picks = np.random.default_rng(0).integers(0, values.shape[-1], (DRAWS, values.shape[-1]))
+    picks = np.random.default_rng(0).integers(0, values.shape[-1], (2000, values.shape[-1]))
     low, high = np.quantile([statistic(values[..., pick]) for pick in picks], [0.025, 0.975])
     return [float(low), float(high)]
 
