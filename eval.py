@@ -171,12 +171,10 @@ def difference(rows, right, name):
 
 def bound(questions, tokenizer):
     """rho if a call on each unknown fact delivered that fact and nothing else, and the rest were as in the solution."""
-    given, tokens = 0, 0
-    for q in questions:
-        fact = len(tokenizer.encode(q.fact))
-        given += fact
-        tokens += len(tokenizer.encode(q.solution)) + 1 + (len(tokenizer.encode(command(fact))) if fact else 0)
-    return given / tokens
+    facts = [len(tokenizer.encode(q.fact)) for q in questions]
+    commands = sum(len(tokenizer.encode(command(n))) for n in facts if n)
+    answers = sum(len(tokenizer.encode(q.solution)) + 1 for q in questions)     # 1: the end of text
+    return sum(facts) / (answers + commands)
 
 
 def where_calls_happen(questions, rollouts, tokenizer, repeat):
