@@ -182,16 +182,15 @@ def where_calls_happen(questions, rollouts, tokenizer, repeat):
 
     And (accuracy, answers) with a delivered call and without one.
     """
-    before, place, asked, right = Counter(), Counter(), {}, {True: [], False: []}
+    before, place, asked, right = Counter(), Counter(), {}, dict(with_call=[], without_call=[])
     for i, r in enumerate(rollouts):
-        right[any(r.by_llm)].append(is_right(questions[i // repeat], r, tokenizer))
+        right["with_call" if any(r.by_llm) else "without_call"].append(is_right(questions[i // repeat], r, tokenizer))
         for call in r.calls:
             text = COMMAND.sub(b"", b"".join(tokenizer.token_bytes[t] for t in r.tokens[:call.position]))
             before[" ".join(text.decode("utf-8", "replace").split()[-3:])] += 1
             place[f"{call.position * 10 // len(r.tokens) * 10}%"] += 1
             asked.setdefault(questions[i // repeat].kind or "all", Counter())[call.asked] += 1
-    shares = {name: [sum(right[called]) / max(1, len(right[called])), len(right[called])]
-              for name, called in (("with_call", True), ("without_call", False))}
+    shares = {name: [sum(hits) / max(1, len(hits)), len(hits)] for name, hits in right.items()}
     return dict(**shares, before=dict(before.most_common(10)), place=dict(sorted(place.items())),
                 asked={kind: dict(sorted(counts.items())) for kind, counts in asked.items()})
 
