@@ -145,14 +145,14 @@ def routers(rows, right):
     Without a gap between SLM and LLM there is nothing to close: the router sends nothing to the LLM. Where some of the
     resamples have none, the share of the gap has no interval.
     """
-    slm, llm, relayed = (np.asarray(right[name], dtype=float) for name in ("slm", "llm", "relay"))
+    answers = np.array([right[name] for name in ("slm", "llm", "relay")], dtype=float)
+    slm, llm, _ = answers
     ours, p = rows["relay"], 0.0
     ours.update(gap_closed=None, gap_closed_ci95=None, cost_reduction=None)
     if llm.mean() > slm.mean():
         gap = lambda v: v[1].mean() - v[0].mean()
         share = lambda v: (v[2].mean() - v[0].mean()) / gap(v) if gap(v) > 0 else np.nan
-        everything = np.stack([slm, llm, relayed])
-        p, ends = float(share(everything)), interval(everything, share)
+        p, ends = float(share(answers)), interval(answers, share)
         ours.update(gap_closed=p, gap_closed_ci95=None if np.isnan(ends).any() else ends,
                     cost_reduction=1 - ours["rho"] / p if p > 0 else None)
     p = min(max(p, 0.0), 1.0)
@@ -247,9 +247,8 @@ def plot(rows, sweep, metrics, path):
     from matplotlib.figure import Figure
     figure = Figure(figsize=(12, 7), layout="constrained")
     top, *curves = figure.subplot_mosaic("aaa;bcd", height_ratios=[3, 2]).values()
-    ends = [(rows[name]["rho"], rows[name]["accuracy"]) for name in ("slm", "llm")]
-    xs = np.geomspace(1e-4, 1, 200)
-    top.plot(xs, ends[0][1] + xs * (ends[1][1] - ends[0][1]), color="grey", label="random router")
+    slm, llm, xs = rows["slm"]["accuracy"], rows["llm"]["accuracy"], np.geomspace(1e-4, 1, 200)
+    top.plot(xs, slm + xs * (llm - slm), color="grey", label="random router")
     points = sorted((row["rho"], row["accuracy"]) for row in sweep.values())
     top.plot([x for x, _ in points], [y for _, y in points], ".:", color="tab:green", label="token router, swept")
     for (name, row), mark in zip(rows.items(), itertools.cycle("os^vDP*Xp<>hd")):
