@@ -544,12 +544,10 @@ def small_models():
     """Settings for models as small as the toy's: one thread, because more would only wait for each other; and glibc
     keeps freed memory instead of giving it back to Linux page by page at each step, a third of the time."""
     torch.set_num_threads(1)
-    try:
+    with suppress(AttributeError, OSError, TypeError):     # another system, another C library
         libc = ctypes.CDLL(None)
-        libc.mallopt(-1, 1 << 30)      # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 1 << 25)      # M_MMAP_THRESHOLD
-    except (AttributeError, OSError, TypeError):
-        pass                           # another system, another C library
+        libc.mallopt(-1, 1 << 30)                          # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 1 << 25)                          # M_MMAP_THRESHOLD
 
 
 def machine(args, toy=False):
