@@ -30,6 +30,7 @@ import json
 import random
 import time
 from collections import Counter
+from contextlib import suppress
 
 import numpy as np
 
@@ -73,11 +74,9 @@ class Answers:
         self.path, self.known = path, {}
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         for line in text.splitlines():
-            try:
+            with suppress(ValueError, KeyError, TypeError):       # half a line, of an evaluation that was killed
                 record = json.loads(line)
                 self.known[record["key"]] = record
-            except (ValueError, KeyError, TypeError):
-                pass                              # half a line, of an evaluation that was killed
         if text and not text.endswith("\n"):
             with open(path, "a", encoding="utf-8") as file:
                 file.write("\n")
