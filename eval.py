@@ -88,7 +88,7 @@ class Answers:
         jobs = []                                 # of each answer its key, prompt and seed
         for n in range(len(questions) * args.repeat):
             prompt, seed = tokenizer.chat(questions[n // args.repeat].text), (args.seed, n)
-            text = json.dumps([settings, seed, prompt], sort_keys=True, default=list)
+            text = json.dumps([settings, seed, prompt], sort_keys=True)
             jobs.append((hashlib.sha256(text.encode()).hexdigest(), prompt, seed))
         missing = [job for job in jobs if job[0] not in self.known]
         with progress_bar(total=len(jobs), initial=len(jobs) - len(missing), desc=method, unit="answer") as bar:
