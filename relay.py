@@ -393,10 +393,8 @@ def relay_batch(slm, llm, tokenizer, rows, *, tell, progress, temperature, llm_t
             turn = [r for r in order if not rows[r].out.end and rows[r].owed]
 
     for r, row in enumerate(rows):
-        slm_prefill, slm_decode = slm_reader.cost(r)
-        llm_prefill, llm_decode = llm_reader.cost(r) if llm_reader else (0, 0)
-        row.out.cost = dict(slm_prefill=slm_prefill, slm_decode=slm_decode,
-                            llm_prefill=llm_prefill, llm_decode=llm_decode)
+        costs = slm_reader.cost(r) + (llm_reader.cost(r) if llm_reader else (0, 0))
+        row.out.cost = dict(zip(("slm_prefill", "slm_decode", "llm_prefill", "llm_decode"), costs))
 
 
 def plain_text(rollout, tokenizer):
