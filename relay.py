@@ -229,10 +229,7 @@ def begun(tail):
 
 
 def completing(tokenizer, device):
-    """(len(OPEN), N) bool: row n says which ids complete an opening of which n bytes stand there.
-
-    For the evaluation without the LLM, where no command may be opened.
-    """
+    """(len(OPEN), N) bool, for no_calls=True: row n says which ids complete an opening of which n bytes stand there."""
     return torch.tensor([[OPEN in OPEN[:n] + piece for piece in tokenizer.token_bytes] for n in range(len(OPEN))],
                         device=device)
 
