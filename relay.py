@@ -630,11 +630,10 @@ REAL = dict(temperature=0.7, max_new_tokens=2048)
 
 def piped(wait):
     """The text on standard input, "" if none is piped in. wait=False: only if it is there already."""
-    try:
-        there = not sys.stdin.isatty() and (wait or select.select([sys.stdin], [], [], 0)[0])
-        return sys.stdin.read() if there else ""
-    except (OSError, ValueError):              # Windows, where one cannot look without waiting
-        return ""
+    with suppress(OSError, ValueError):        # Windows, where one cannot look without waiting
+        if not sys.stdin.isatty() and (wait or select.select([sys.stdin], [], [], 0)[0]):
+            return sys.stdin.read()
+    return ""
 
 
 def main():
