@@ -182,17 +182,17 @@ class Reader:
     def read(self, rows, goal, chunk, last=False):
         """One forward pass over up to `chunk` tokens of each row, towards goal[row]; shorter rows are padded behind."""
         order = self.cache.arrange(rows)
-        spans = [(self.cached[row], min(goal[row], self.cached[row] + chunk)) for row in order]
-        counts = [end - start for start, end in spans]
+        parts = [self.tokens[row][self.cached[row]:min(goal[row], self.cached[row] + chunk)] for row in order]
+        counts = [len(part) for part in parts]
         width = max(counts)
         flat = []                                                  # one list: made a tensor three times as fast
-        for row, (start, end) in zip(order, spans):
-            flat += self.tokens[row][start:end] + [0] * (width - (end - start))
+        for part in parts:
+            flat += part + [0] * (width - len(part))
         tokens = torch.tensor(flat, device=self.cache.like.device).view(-1, width)
         out = (self.model(tokens, self.cache, counts, last=True) if last
                else self.model.hidden(tokens, self.cache, counts))
-        for row, (_, end) in zip(order, spans):
-            self.cached[row] = end
+        for row, count in zip(order, counts):
+            self.cached[row] += count
         return order, out
 
     def drop(self, rows):
