@@ -65,9 +65,8 @@ def start_processes(n):
     while any(child.poll() is None for child in children) and not any(child.poll() for child in children):
         time.sleep(0.1)
     for child in children:
-        if any(other.poll() for other in children):
-            child.kill()
-    sys.exit(max(abs(child.wait()) for child in children) and 1)
+        child.kill()                           # does nothing to one that has ended
+    sys.exit(1 if any([child.wait() for child in children]) else 0)
 
 
 def hear_signals(handler):
