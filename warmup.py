@@ -460,9 +460,11 @@ def main():
     if run.finished("warmup", settings(args)):
         print(f"{run.path / 'warmup'} is finished; next: python grpo.py --run {run.path}")
         return
+    run.info["toy"] = args.toy
     if not args.toy:
-        for path in (args.slm, args.llm):
+        for name, path in (("slm", args.slm), ("llm", args.llm)):
             read_config(path)                  # a wrong directory is named before anything is made
+            run.info[name] = str(path.resolve())
     pool, check = training_questions(args, args.toy, "warmup", args.samples, args.check)
     run.open()
     start_processes(args.gpus)
@@ -471,9 +473,6 @@ def main():
     first = world()[0] == 0
     if args.toy and first:
         pretrain_pair(run, args)
-    if not args.toy:
-        run.info.update(slm=str(args.slm.resolve()), llm=str(args.llm.resolve()))
-    run.info["toy"] = args.toy
     wait_for_all()
     slm, llm, tokenizer = load_pair(run.directory("slm"), run.directory("llm"), device, frozen)
     start = time.perf_counter()
