@@ -393,10 +393,7 @@ def insert_commands(tokens, tokenizer, rng, max_n):
 
 
 def warm_up(model, tokenizer, rollouts, args):
-    """Fine-tune on own answers with random commands in them: how to write a command, not yet when.
-
-    The answers are the model's own, right or wrong, so that what it knows does not shift.
-    """
+    """Fine-tune on the model's own answers, each with random commands in it."""
     rng = random.Random(f"commands {args.seed}")
     known = torch.tensor(tokenizer.known, device=model.embed.weight.device)
     optimizer = adamw(model, args.lr)
