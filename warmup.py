@@ -397,21 +397,20 @@ def warm_up(model, tokenizer, rollouts, args):
     rng = random.Random(f"commands {args.seed}")
     known = torch.tensor(tokenizer.known, device=model.embed.weight.device)
     optimizer = adamw(model, args.lr)
-    step, steps = 0, math.ceil(len(rollouts) / args.batch_size) * args.epochs
-    bar = progress_bar(total=steps, desc="warm-up", unit="step")
-    for epoch in range(args.epochs):
-        rng.shuffle(rollouts)
-        for start in range(0, len(rollouts), args.batch_size):
-            examples = []
-            for r in rollouts[start:start + args.batch_size]:
-                answer = insert_commands(r.tokens, tokenizer, rng, args.max_n)
-                examples.append(Example(r.prompt + answer, [False] * len(r.prompt) + [True] * len(answer)))
-            ramp = min(1.0, (step + 1) / max(1, 0.03 * steps))             # up over 3% of the steps, then down to 0
-            loss, _ = supervised_step(model, optimizer, examples, known, args.lr * ramp * (1 - step / steps),
-                                      args.micro_tokens)
-            step += 1
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            bar.update()
+    epoch = math.ceil(len(rollouts) / args.batch_size)                     # in steps
+    steps = epoch * args.epochs
+    bar = progress_bar(range(steps), desc="warm-up", unit="step")
+    for step in bar:
+        if step % epoch == 0:
+            rng.shuffle(rollouts)
+        start, examples = step % epoch * args.batch_size, []
+        for r in rollouts[start:start + args.batch_size]:
+            answer = insert_commands(r.tokens, tokenizer, rng, args.max_n)
+            examples.append(Example(r.prompt + answer, [False] * len(r.prompt) + [True] * len(answer)))
+        ramp = min(1.0, (step + 1) / max(1, 0.03 * steps))                 # up over 3% of the steps, then down to 0
+        lr = args.lr * ramp * (1 - step / steps)
+        loss, _ = supervised_step(model, optimizer, examples, known, lr, args.micro_tokens)
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
 
 # From the paper: epochs, and lr and batch size within its ranges (5e-6 to 2e-5, 8 to 32); max_n from d * 10^k. The
