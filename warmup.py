@@ -316,7 +316,8 @@ TOY_CORPUS = {"slm": dict(lr=4e-3, asides=0.4, rare=0.5, unreliable=True),
 
 def pretrain(name, directory, steps, seed, batch=32, position=0):
     """Train one model of the toy pair from scratch on worked solutions and write it into `directory`."""
-    if multiprocessing.parent_process():
+    parent = multiprocessing.parent_process()
+    if parent:
         signal.signal(signal.SIGINT, lambda *_: sys.exit(1))   # Ctrl-C: the parent says what there is to say
         os.environ.update(RANK="0", WORLD_SIZE="1")        # whatever the parent is one of, this model has one process
     small_models()
@@ -343,7 +344,6 @@ def pretrain(name, directory, steps, seed, batch=32, position=0):
         read += sum(len(e.tokens) for e in examples)
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss:.3f}")
-            parent = multiprocessing.parent_process()
             if parent and not parent.is_alive():       # killed: nobody is left to note that this model is finished
                 return
     save(model, directory)
