@@ -353,26 +353,26 @@ def pretrain(name, directory, steps, seed, batch=32, position=0):
 
 def pretrain_pair(run, args):
     """Both models at the same time, one process for each. What is there already is kept."""
-    jobs = []
-    for position, (name, steps) in enumerate((("slm", args.slm_steps), ("llm", args.llm_steps))):
-        if not run.finished(f"pretrain {name}", dict(steps=steps, seed=args.seed)):
-            save_toy_tokenizer(run.path / name)
-            jobs.append(dict(name=name, directory=run.path / name, steps=steps, seed=args.seed, position=position))
-    spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=pretrain, kwargs=job, daemon=True) for job in jobs]
-    for process in processes:
-        process.start()
+    made_with = {name: dict(steps=steps, seed=args.seed)
+                 for name, steps in (("slm", args.slm_steps), ("llm", args.llm_steps))}
+    missing = [name for name in made_with if not run.finished(f"pretrain {name}", made_with[name])]
+    spawn, processes = multiprocessing.get_context("spawn"), {}
+    for position, name in enumerate(missing):
+        save_toy_tokenizer(run.path / name)
+        processes[name] = spawn.Process(target=pretrain, args=(name, run.path / name), daemon=True,
+                                        kwargs=dict(position=position, **made_with[name]))
+        processes[name].start()
     try:
-        for process in processes:
+        for process in processes.values():
             process.join()
     except KeyboardInterrupt:
-        for process in processes:
+        for process in processes.values():
             process.join(5)
         raise
-    for job, process in zip(jobs, processes):
+    for name, process in processes.items():
         if process.exitcode != 0:
-            raise ValueError(f"pretraining the {job['name'].upper()} failed")
-        run.finish(f"pretrain {job['name']}", dict(steps=job["steps"], seed=args.seed))
+            raise ValueError(f"pretraining the {name.upper()} failed")
+        run.finish(f"pretrain {name}", made_with[name])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
