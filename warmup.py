@@ -223,11 +223,10 @@ def pack(examples, device):
     width = max(len(e.tokens) for e in examples) - 1
     tokens, take, put, at, targets, prompts = [], [], [], [], [], {}
     for row, e in enumerate(examples):
-        seen = e.prompt in prompts
-        start = prompts.setdefault(e.prompt, len(tokens))
-        places = list(range(start, start + len(e.prompt))) if seen else []
+        places = list(prompts.get(e.prompt, []))
         new = range(len(places), len(e.tokens) - 1)                            # columns that are not in the list yet
         places += range(len(tokens), len(tokens) + len(new))
+        prompts.setdefault(e.prompt, places[:len(e.prompt)])
         tokens += e.tokens[new.start:new.stop]
         put += [row * width + column for column in new]
         take.append(places + [0] * (width - len(places)))
