@@ -308,9 +308,8 @@ TOY_SIZES = {
     "llm": dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=6,
                 num_key_value_heads=2, head_dim=16),
 }
-# asides, rare: shares of the texts. unreliable: the prices of rare things are made up
-TOY_CORPUS = {"slm": dict(lr=4e-3, asides=0.4, rare=0.5, unreliable=True),
-              "llm": dict(lr=3e-3, asides=0.1, rare=0.5, unreliable=False)}
+# asides: the share of texts that hold some. unreliable: the prices of rare things are made up
+TOY_CORPUS = {"slm": dict(lr=4e-3, asides=0.4, unreliable=True), "llm": dict(lr=3e-3, asides=0.1, unreliable=False)}
 
 
 def pretrain(name, directory, steps, seed, batch=32, position=0):
@@ -328,7 +327,7 @@ def pretrain(name, directory, steps, seed, batch=32, position=0):
     model, corpus = Transformer(config).initialize(seed), TOY_CORPUS[name]
     optimizer, known = adamw(model, corpus["lr"]), torch.tensor(tokenizer.known)
     rng = random.Random(f"{name} {seed}")
-    questions = toy_questions("train", rng, corpus["rare"], unreliable=corpus["unreliable"])
+    questions = toy_questions("train", rng, unreliable=corpus["unreliable"])
     bar = progress_bar(range(steps), desc=f"pretrain {name}", position=position, unit="step")
     start, read = time.perf_counter(), 0
     for step in bar:
