@@ -88,7 +88,7 @@ def join_processes(device):
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
-def add_up(values, device="cpu"):
+def add_up(values, device):
     """Numbers, each summed over all processes."""
     if world()[1] == 1:
         return list(values)
@@ -261,21 +261,21 @@ def token_logprobs(model, examples, known, temperature=1.0, entropies=False, chu
     return torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts]) if entropies else None
 
 
-def adamw(model, lr, weight_decay=0.01):
+def adamw(model, lr):
     """The paper's optimizer; lr is set anew at each step (apply_gradient)."""
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay)
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.01)
 
 
-def apply_gradient(model, optimizer, lr, clip=1.0):
-    """Add up the processes' gradients, clip to norm `clip`, take one step.
+def apply_gradient(model, optimizer, lr):
+    """Add up the processes' gradients, clip to norm 1, take one step; none where the norm is not finite.
 
-    Returns the norm before the clip; where it is not finite there is no step.
+    Returns the norm before the clip.
     """
     if world()[1] > 1:
         for p in model.parameters():           # a process without a token to learn has no gradient of its own
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             distributed.all_reduce(p.grad)
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     if math.isfinite(norm):
         for group in optimizer.param_groups:
             group["lr"] = lr
