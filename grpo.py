@@ -114,6 +114,8 @@ def update(policy, reference, optimizer, rollouts, advantage, known, lr, args):
     sums = dict(tokens=sum(counts), loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, drift=0.0)
     if tokens == 0:                                       # in every process: nobody takes a step
         return sums | dict(norm=0.0)
+    share = (1 / (torch.tensor(counts) * responses) if args.loss == "sequence"
+             else torch.full([len(counts)], 1 / tokens))  # of the loss: that of each of a roll-out's tokens
     for batch in micro_batches(examples, args.micro_tokens):
         batch = [i for i in batch if counts[i]]           # but for those that the LLM wrote alone
         if not batch:
@@ -127,17 +129,10 @@ def update(policy, reference, optimizer, rollouts, advantage, known, lr, args):
         if args.llm_tokens_in_loss:                       # the sampler stored none for the LLM's: a ratio of 1
             by_llm = torch.tensor([b for i in batch for b in rollouts[i].by_llm], device=old.device)
             old = torch.where(by_llm, logprobs.detach(), old)
-        learned = torch.tensor([counts[i] for i in batch])
-
-        def to_tokens(values):
-            """A number for each roll-out, repeated for each of its learned tokens."""
-            return values.repeat_interleave(learned).to(logprobs)
-
-        share = 1 / (learned * responses) if args.loss == "sequence" else torch.full([len(batch)], 1 / tokens)
-        weight = to_tokens(share)
-        loss, clipped = policy_loss(logprobs, old, to_tokens(advantage[batch]), args.clip_low, args.clip_high)
+        owner = [i for i in batch for _ in range(counts[i])]       # of each learned token: its roll-out
+        loss, clipped = policy_loss(logprobs, old, advantage[owner].to(logprobs), args.clip_low, args.clip_high)
         kl = k3(logprobs, ref)
-        loss = ((loss + args.kl * kl) * weight).sum()
+        loss = ((loss + args.kl * kl) * share[owner].to(logprobs)).sum()
         loss.backward()
         sums["loss"] += loss.item()
         sums["kl"] += kl.sum().item()
