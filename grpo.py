@@ -134,10 +134,8 @@ def update(policy, reference, optimizer, rollouts, advantage, known, lr, args):
         kl = k3(logprobs, ref)
         loss = ((loss + args.kl * kl) * share[owner].to(logprobs)).sum()
         loss.backward()
-        sums["loss"] += loss.item()
-        sums["kl"] += kl.sum().item()
-        sums["clipped"] += clipped.sum().item()
-        sums["entropy"] += entropies.sum().item()
+        for name, values in (("loss", loss), ("kl", kl), ("clipped", clipped), ("entropy", entropies)):
+            sums[name] += values.sum().item()
         sums["drift"] = max(sums["drift"], (logprobs - old).abs().max().item())
     return sums | dict(norm=apply_gradient(policy, optimizer, lr))
 
