@@ -165,10 +165,8 @@ def score(questions, groups, tokenizer, args):
     """(right, called, reward), each (questions, G)."""
     right = torch.tensor([[is_right(q, r, tokenizer) for r in group] for q, group in zip(questions, groups)])
     called = torch.tensor([[any(r.by_llm) for r in group] for group in groups])
-    rho = torch.tensor([[r.rho for r in group] for group in groups])
-    if args.rho_asked:
-        asked = lambda r: min(1.0, sum(c.asked for c in r.calls) / len(r.tokens))
-        rho = torch.tensor([[asked(r) for r in group] for group in groups])
+    share = lambda r: min(1.0, sum(c.asked for c in r.calls) / len(r.tokens)) if args.rho_asked else r.rho
+    rho = torch.tensor([[share(r) for r in group] for group in groups])
     if args.reward == "simple":               # what the paper compares with
         return right, called, right.float() - rho
     if args.batch_scenarios:
