@@ -140,25 +140,24 @@ def update(policy, reference, optimizer, rollouts, advantage, known, lr, args):
     return sums | dict(norm=apply_gradient(policy, optimizer, lr))
 
 
-def step_metrics(groups, right, called, reward):
+def step_metrics(rollouts, right, called, reward):
     """What the roll-outs of one step say, before any learning: for each metric a sum and what to divide it by.
 
     right, called, reward: (questions, G). Sums and divisors of several processes add up.
     """
-    flat = [r for group in groups for r in group]
-    tokens, calls = sum(len(r.tokens) for r in flat), [c for r in flat for c in r.calls]
+    n, questions = len(rollouts), len(right)
+    tokens, calls = sum(len(r.tokens) for r in rollouts), [c for r in rollouts for c in r.calls]
     alone, solved = (right & ~called).any(-1), right.any(-1)
     return dict(
-        reward=(reward.sum().item(), len(flat)), accuracy=(right.sum().item(), len(flat)),
+        reward=(reward.sum().item(), n), accuracy=(right.sum().item(), n),
         accuracy_called=((right & called).sum().item(), called.sum().item()),
         accuracy_alone=((right & ~called).sum().item(), (~called).sum().item()),
-        call_rate=(called.sum().item(), len(flat)), rho=(sum(sum(r.by_llm) for r in flat), tokens),
-        asked=(sum(c.asked for c in calls), len(calls)), length=(tokens, len(flat)),
-        cut=(sum(r.end == "length" for r in flat), len(flat)),
-        student_solvable=(alone.sum().item(), len(groups)),
-        teacher_dependent=((solved & ~alone).sum().item(), len(groups)),
-        teacher_unsolvable=((~solved).sum().item(), len(groups)),
-        equal_groups=((reward == reward[:, :1]).all(-1).sum().item(), len(groups)))
+        call_rate=(called.sum().item(), n), rho=(sum(sum(r.by_llm) for r in rollouts), tokens),
+        asked=(sum(c.asked for c in calls), len(calls)), length=(tokens, n),
+        cut=(sum(r.end == "length" for r in rollouts), n), student_solvable=(alone.sum().item(), questions),
+        teacher_dependent=((solved & ~alone).sum().item(), questions),
+        teacher_unsolvable=((~solved).sum().item(), questions),
+        equal_groups=((reward == reward[:, :1]).all(-1).sum().item(), questions))
 
 
 def score(questions, groups, tokenizer, args):
@@ -199,7 +198,7 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
         sums.append(update(policy, reference, optimizer, [r for i in chosen for r in groups[i]],
                            advantage[chosen].flatten(), known, lr, args))
     tokens = sum(s["tokens"] for s in sums)
-    parts = step_metrics(groups, right, called, reward)
+    parts = step_metrics(flat, right, called, reward)
     parts |= {name: (sum(s[key] for s in sums), tokens) for name, key in
               (("kl", "kl"), ("clip_fraction", "clipped"), ("entropy", "entropy"))}
     # Each process divided its loss by the tokens of all: its parts are added up, and the updates counted once.
