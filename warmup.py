@@ -203,15 +203,15 @@ def micro_batches(examples, most):
     groups, length = {}, lambda i: len(examples[i].tokens)
     for i, e in enumerate(examples):
         groups.setdefault(e.prompt or i, []).append(i)                         # nothing shared: a group of its own
-    order = sorted(groups.values(), key=lambda group: max(map(length, group)))
-    batch, batches, width = [], [], 0
-    for i in itertools.chain.from_iterable(sorted(group, key=length) for group in order):
-        width = max(width, length(i))
-        if batch and width * (len(batch) + 1) > most:
-            batches.append(batch)
-            batch, width = [], length(i)
-        batch.append(i)
-    return batches + [batch] if batch else batches
+    batches, width = [], 0
+    for group in sorted(groups.values(), key=lambda group: max(map(length, group))):
+        for i in sorted(group, key=length):
+            width = max(width, length(i))
+            if not batches or width * (len(batches[-1]) + 1) > most:
+                batches.append([])
+                width = length(i)
+            batches[-1].append(i)
+    return batches
 
 
 def pack(examples, device):
