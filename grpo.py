@@ -117,9 +117,6 @@ def update(policy, reference, optimizer, rollouts, advantage, known, lr, args):
     share = (1 / (torch.tensor(counts) * responses) if args.loss == "sequence"
              else torch.full([len(counts)], 1 / tokens))  # of the loss: that of each of a roll-out's tokens
     for batch in micro_batches(examples, args.micro_tokens):
-        batch = [i for i in batch if counts[i]]           # but for those that the LLM wrote alone
-        if not batch:
-            continue
         part = [examples[i] for i in batch]
         with torch.no_grad():
             ref = token_logprobs(reference, part, known, args.temperature)[0]
@@ -136,7 +133,7 @@ def update(policy, reference, optimizer, rollouts, advantage, known, lr, args):
         loss.backward()
         for name, values in (("loss", loss), ("kl", kl), ("clipped", clipped), ("entropy", entropies)):
             sums[name] += values.sum().item()
-        sums["drift"] = max(sums["drift"], (logprobs - old).abs().max().item())
+        sums["drift"] = max([sums["drift"], *(logprobs - old).abs().tolist()])
     return sums | dict(norm=apply_gradient(policy, optimizer, lr))
 
 
