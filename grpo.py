@@ -294,7 +294,8 @@ def arguments():
     g.add_argument("--llm-tokens-in-loss", action="store_true", help="ablation: learn the LLM's tokens too")
     g.add_argument("--batch-scenarios", action="store_true", help="ablation: scenarios of the whole batch")
     g.add_argument("--rho-asked", action="store_true", help="ablation: rho from n, not from what was delivered")
-    g.add_argument("--variant", metavar="NAME", help="write into RUN/NAME, beside RUN/grpo, for a row of eval.py --all")
+    g.add_argument("--variant", metavar="NAME", default="grpo",
+                   help="write into RUN/NAME, beside RUN/grpo, for a row of eval.py --all")
     g = p.add_argument_group("on the way")
     g.add_argument("--eval-every", type=at_least_zero(int), help="steps between checks on held-out questions, 0: none")
     g.add_argument("--eval-questions", type=positive(int), default=128, help="questions of a check (128)")
@@ -308,7 +309,6 @@ def arguments():
         p.error(f"--pass-rate {args.pass_rate}: a share, 0 to 1")
     if args.group == 1:
         p.error("--group 1: a roll-out alone has nothing to be compared with")
-    args.variant = args.variant or "grpo"
     if not re.fullmatch(r"\w+", args.variant) or args.variant in ("slm", "llm", "warmup", "eval"):
         p.error(f"--variant {args.variant}: a name of letters and digits, and none that the run uses otherwise")
     return args
