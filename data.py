@@ -443,7 +443,6 @@ def save_toy_tokenizer(path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Benchmarks
 
-
 def load_questions(path, limit=None):
     """Questions of a benchmark file, .jsonl or .json, in the order of the file; repeated ones stay.
 
@@ -517,7 +516,6 @@ def read_question(row):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Grading
-
 
 def grade(response, answer):
     """Whether the response's answer, its last \\boxed{} or else its last number, is the gold answer. Never raises.

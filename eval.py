@@ -56,7 +56,6 @@ VARIANTS = {                                     # directory in the run: the fla
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers: each is written once, and kept in RUN/eval/answers.jsonl
 
-
 def fingerprint(directory):
     """A hash of a model's weights: answers of another model are never taken for this one's."""
     digest = hashlib.sha256()
@@ -117,7 +116,6 @@ class Answers:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
-
 
 def interval(values, statistic=np.mean):
     """95% percentile bootstrap interval of statistic(values), resampled 2,000 times by question (the last axis)."""

@@ -38,7 +38,6 @@ from warmup import (HEAD, Example, adamw, add_up, apply_gradient, check_gpus, he
 # ---------------------------------------------------------------------------------------------------------------------
 # Reward, advantage, loss: pure functions
 
-
 def rewards(correct, called, rho, solo=1.5):
     """The difficulty-aware reward (RelayLLM, section 4.2), decided for each group of roll-outs of one question.
 

@@ -236,8 +236,9 @@ def prepack(model, free=False):
 
     PyTorch brings a matrix into that order anew for every product, which for the few rows of a decoding step takes
     longer than the product itself: packed, a step of 1 to 32 rows takes a half to two thirds of the time. (The toy's
-    matrices are in the processor's cache anyway, and left alone.) The copies do not follow the weights: after sampling,
-    a model that learns needs forget() of what this returns. free=True, for one that does not, frees the originals.
+    matrices are in the processor's cache anyway, and left alone.) The copies do not follow the weights: whoever samples
+    from a model that learns calls forget() with what this returns. free=True is for one that does not learn: the
+    originals are freed.
     """
     packed = []
     for matrix in model.matrices():
@@ -407,8 +408,8 @@ def parse_config(raw, path):
         number(key, kinds=(int, float), values=rope)
     if scaling == "llama3" and not rope["high_freq_factor"] > rope["low_freq_factor"]:
         raise ValueError(f"{path}: high_freq_factor must exceed low_freq_factor")
-    kinds = raw.get("layer_types") or []
-    if raw.get("use_sliding_window") or not isinstance(kinds, list) or any(k != "full_attention" for k in kinds):
+    types = raw.get("layer_types") or []
+    if raw.get("use_sliding_window") or not isinstance(types, list) or any(t != "full_attention" for t in types):
         raise ValueError(f"{path}: only full attention in every layer is supported (use_sliding_window, layer_types)")
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported (supported: silu)")
@@ -594,7 +595,6 @@ def save(model, path, source=None):
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    stale = {*weight_files(path), path / "model.safetensors.index.json"} - {path / "model.safetensors"}
     tensors = {name: t.detach() for name, t in checkpoint_tensors(model).items()}
     header, offset = {}, 0
     for name, t in tensors.items():
@@ -619,5 +619,5 @@ def save(model, path, source=None):
                   tie_word_embeddings=model.config.tied)   # where it is absent, transformers expects an lm_head
     config.pop("torch_dtype", None)             # the older name of dtype
     write_beside(path / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode() + b"\n"))
-    for file in stale:                          # what was there before in shards is another model now
-        file.unlink(missing_ok=True)
+    for file in (*path.glob("model-*-of-*.safetensors"), path / "model.safetensors.index.json"):
+        file.unlink(missing_ok=True)            # what was there before in shards is another model now

@@ -181,7 +181,6 @@ def training_questions(args, toy, stage, count, checks):
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared by both stages: log-probabilities, batches, one optimizer step
 
-
 @dataclass
 class Example:
     """A sequence, and which of its tokens are to be learned (never the first: nothing predicts it)."""
