@@ -36,7 +36,7 @@ import numpy as np
 
 from data import load_questions, split_of, toy_questions
 from grpo import parameters
-from model import load, weight_files, write_beside
+from model import load, weight_files, write_beside, write_json
 from relay import (COMMAND, Call, Rollout, Run, WrongArguments, command, fill_in, is_right, load_pair, machine, parser,
                    positive, relay, run_script, show_presets)
 from warmup import progress_bar
@@ -83,7 +83,8 @@ class Answers:
     def write(self, method, writer, helper, marks, tokenizer, questions, args, **options):
         """Roll-outs and seconds of `questions`, each args.repeat times. writer, helper: models; marks: fingerprints."""
         settings = dict(marks=marks, dtypes=[str(m.embed.weight.dtype) for m in (writer, helper) if m],
-                        temperature=args.temperature, max_new_tokens=args.max_new_tokens, **options)
+                        temperature=args.temperature, llm_temperature=args.llm_temperature,
+                        max_new_tokens=args.max_new_tokens, **options)
         jobs = []                                 # of each answer its key, prompt and seed
         for n in range(len(questions) * args.repeat):
             prompt, seed = tokenizer.chat(questions[n // args.repeat].text), (args.seed, n)
@@ -95,7 +96,8 @@ class Answers:
                 part, before = missing[start:start + args.batch], time.perf_counter()
                 _, prompts, seeds = zip(*part)
                 rollouts = relay(writer, helper, tokenizer, prompts, seed=seeds, max_new_tokens=args.max_new_tokens,
-                                 temperature=args.temperature, progress=bar.update, **options)
+                                 temperature=args.temperature, llm_temperature=args.llm_temperature,
+                                 progress=bar.update, **options)
                 seconds = (time.perf_counter() - before) / len(part)
                 with open(self.path, "a", encoding="utf-8") as file:
                     for (key, _, (_, n)), r in zip(part, rollouts):
@@ -295,7 +297,7 @@ def arguments():
     g.add_argument("--all", action="store_true", help="also what grpo.py --variant has put into the run")
     g.add_argument("--plot", action="store_true", help="draw RUN/eval/plot.png (needs matplotlib)")
     g.add_argument("--html", action="store_true", help="write RUN/eval/index.html: table, picture, roll-outs")
-    show_presets(p, TOY, PAPER)
+    show_presets(p, TOY, PAPER, temperature="; inside a call the LLM samples as in training")
     args = p.parse_args()
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         p.error("--plot needs matplotlib: pip install matplotlib")
@@ -336,7 +338,7 @@ class Table:
         self.paths, self.device, self.questions, self.answers, self.args = paths, device, questions, answers, args
         slm, llm, self.tokenizer = load_pair(paths["slm"], paths["llm"], device, dtype)
         self.models, self.marks = dict(slm=slm, llm=llm), {}
-        self.rows, self.right, self.rollouts = {}, {}, {}      # of each method; right: a share for each question
+        self.rows, self.right = {}, {}                         # of each method; right: a share for each question
 
     def model(self, name):
         """A model by its name. Beside SLM and LLM one more is in memory, the last that was asked for."""
@@ -368,7 +370,9 @@ class Table:
                    parameters_a_token=ran / max(1, sum(len(r.tokens) for r in rollouts)), seconds=seconds,
                    by_kind=by_kind)
         if questions is None:
-            self.rows[method], self.right[method], self.rollouts[method] = row, right, rollouts
+            self.rows[method], self.right[method] = row, right
+            if method == "relay":
+                self.rollouts = rollouts
         return row
 
     def route(self, others):
@@ -392,6 +396,7 @@ def main():
     if not toy and args.questions is None:
         raise WrongArguments("real models need --questions FILE")
     fill_in(args, TOY if run.toy else PAPER)
+    args.llm_temperature = run.info["stages"]["grpo"]["llm_temperature"]      # inside a call, as in training
     if args.repeat > 1 and args.temperature == 0:
         raise WrongArguments(f"--repeat {args.repeat}: at temperature 0 all answers are the same; give --temperature")
     if args.questions and str(args.questions) == run.info["stages"]["grpo"].get("questions"):
@@ -420,7 +425,7 @@ def main():
     for name, stage in variants.items():
         table.ask(name, name, None if stage.get("no_teacher") else "llm")
     sweep = table.route(others) if others else {}
-    rows, right, relayed = table.rows, table.right, table.rollouts["relay"]
+    rows, right, relayed = table.rows, table.right, table.rollouts
     routers(rows, right)
 
     analysis = dict(relay_minus={name: difference(rows, right, name) for name in right if name != "relay"},
@@ -429,7 +434,7 @@ def main():
     if toy:
         analysis["bound_rho"] = bound(questions, table.tokenizer)
     for name, content in (("analysis.json", analysis), ("results.json", list(rows.values()))):
-        write_beside(out / name, lambda file: file.write(json.dumps(content, indent=2).encode() + b"\n"))
+        write_json(out / name, content)
     print(as_text(rows.values()))
     tell(rows["relay"], analysis)
     if args.plot:

@@ -28,7 +28,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from model import Transformer, load, read_json, save, write_beside
+from model import Transformer, load, read_json, save, write_beside, write_json
 from relay import (Run, WrongArguments, at_least_zero, differing, fill_in, is_right, load_pair, machine, parser,
                    positive, relay, run_script, shares, show_presets)
 from warmup import (HEAD, Example, adamw, add_up, apply_gradient, check_gpus, hear_signals, join_processes,
@@ -203,8 +203,8 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
     metrics = dict(step=step)
     for name, total, count in zip(parts, numbers[0::2], numbers[1::2]):
         metrics[name] = total / count if count else None
-    norms = [s["norm"] for s in sums]
-    metrics |= dict(grad_norm=max(norms), skipped=sum(not math.isfinite(norm) for norm in norms),
+    norms = [s["norm"] for s in sums if math.isfinite(s["norm"])]
+    metrics |= dict(grad_norm=max(norms, default=math.nan), skipped=len(sums) - len(norms),
                     sampler_learner_difference=next((s["drift"] for s in sums if s["tokens"]), 0.0), lr=lr,
                     sample_seconds=middle - start, learn_seconds=time.perf_counter() - middle)
     return metrics, groups
@@ -229,7 +229,8 @@ def filter_questions(questions, llm, tokenizer, args, file):
     n = args.filter_samples
     if n == 0:
         return questions
-    asked = [[q.text for q in questions], str(args.llm), n, args.seed, args.llm_temperature, args.max_new_tokens]
+    asked = [[q.text for q in questions], str(args.llm), str(llm.embed.weight.dtype), n, args.seed,
+             args.llm_temperature, args.max_new_tokens]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     known = read_json(file) if file.exists() else {}
     solved = known.get(key)
@@ -240,7 +241,7 @@ def filter_questions(questions, llm, tokenizer, args, file):
                               keep=lambda question, rollout: is_right(question, rollout, tokenizer))
         solved = [sum(right[i:i + n]) for i in range(0, len(right), n)]
         if world()[0] == 0:
-            write_beside(file, lambda out: out.write(json.dumps(known | {key: solved}).encode()))
+            write_json(file, known | {key: solved})
     kept = [q for q, times in zip(questions, solved) if times >= args.pass_rate * n]
     print(f"filter: the LLM solves {len(kept)} of {len(questions)} questions")
     return kept
@@ -308,7 +309,8 @@ def arguments():
         p.error(f"--pass-rate {args.pass_rate}: a share, 0 to 1")
     if args.group == 1:
         p.error("--group 1: a roll-out alone has nothing to be compared with")
-    if not re.fullmatch(r"\w+", args.variant) or args.variant in ("slm", "llm", "warmup", "eval"):
+    taken = r"slm|llm|warmup|eval|relay|relay_no_teacher|fixed_\d+|token_router|random_router\w*"    # by eval.py, too
+    if not re.fullmatch(r"\w+", args.variant) or re.fullmatch(taken, args.variant):
         p.error(f"--variant {args.variant}: a name of letters and digits, and none that the run uses otherwise")
     return args
 
@@ -326,8 +328,7 @@ def save_checkpoint(out, step, policy, optimizer, source, settings):
     except RuntimeError as error:                      # how torch.save() says that the disk is full
         raise ValueError(f"{folder}: cannot be written ({str(error).splitlines()[0]}); the checkpoint before it is "
                          "kept") from None
-    state = dict(step=step, folder=folder.name, settings=settings)
-    write_beside(out / "checkpoint.json", lambda file: file.write(json.dumps(state, indent=2).encode()))
+    write_json(out / "checkpoint.json", dict(step=step, folder=folder.name, settings=settings))
     for old in out.glob("checkpoint-*"):
         if old != folder:
             shutil.rmtree(old)
@@ -424,9 +425,9 @@ def earlier_metrics(file, done):
     if len(lines) < done:
         raise ValueError(f"{file} has {len(lines)} of the checkpoint's {done} steps")
     try:
-        history = [json.loads(line) for line in lines]
-    except ValueError:
-        raise ValueError(f"{file} is damaged: a line before step {done} is no JSON") from None
+        history = [dict(json.loads(line)) for line in lines]
+    except (TypeError, ValueError):
+        raise ValueError(f"{file} is damaged: a line up to step {done} is no JSON object") from None
     write_beside(file, lambda out: out.write("".join(f"{line}\n" for line in lines).encode()))
     return history
 
@@ -608,8 +609,8 @@ def main():
         for old in [out / "checkpoint.json", *out.glob("checkpoint-*")]:
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     wait_for_all()
-    tokens = sum(m["length"] for m in history[-(step - done):]) * args.questions_per_step * args.group
-    rate = lambda key: tokens / max(1e-9, sum(m[key] for m in history[-(step - done):]))
+    tokens = sum(m["length"] for m in history[done:]) * args.questions_per_step * args.group
+    rate = lambda key: tokens / max(1e-9, sum(m[key] for m in history[done:]))
     print(f"sampled {rate('sample_seconds'):,.0f} tokens/s, learned {rate('learn_seconds'):,.0f} tokens/s")
     print(f"wrote {out}; next: python eval.py --run {run.path}" + " --all" * (args.variant != "grpo"))
 

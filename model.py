@@ -588,6 +588,11 @@ def write_beside(path, write):
         beside.unlink(missing_ok=True)
 
 
+def write_json(path, value):
+    """Write a JSON file, beside and then over what is there."""
+    write_beside(path, lambda file: file.write(json.dumps(value, indent=2).encode() + b"\n"))
+
+
 def save(model, path, source=None):
     """Write `model` as a directory that load(), transformers and vLLM read, in the model's dtype.
 
@@ -595,6 +600,7 @@ def save(model, path, source=None):
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
+    stale = {*weight_files(path), path / "model.safetensors.index.json"} - {path / "model.safetensors"}
     tensors = {name: t.detach() for name, t in checkpoint_tensors(model).items()}
     header, offset = {}, 0
     for name, t in tensors.items():
@@ -618,6 +624,6 @@ def save(model, path, source=None):
     config = dict(model.config.raw, dtype=str(model.embed.weight.dtype).removeprefix("torch."),
                   tie_word_embeddings=model.config.tied)   # where it is absent, transformers expects an lm_head
     config.pop("torch_dtype", None)             # the older name of dtype
-    write_beside(path / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode() + b"\n"))
-    for file in (*path.glob("model-*-of-*.safetensors"), path / "model.safetensors.index.json"):
-        file.unlink(missing_ok=True)            # what was there before in shards is another model now
+    write_json(path / "config.json", config)
+    for file in stale:                          # what was there before in shards is another model now
+        file.unlink(missing_ok=True)

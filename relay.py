@@ -22,7 +22,6 @@ rows as one batch, because its steps are the expensive ones. Whatever a model wr
 import argparse
 import codecs
 import ctypes
-import json
 import os
 import random
 import re
@@ -41,7 +40,7 @@ import numpy as np
 import torch
 
 from data import INSTRUCTION, Tokenizer, grade, load_questions, toy_questions
-from model import Cache, forget, load, prepack, read_config, read_json, write_beside
+from model import Cache, forget, load, prepack, read_config, read_json, write_json
 
 COMMAND = re.compile(rb"<call>([0-9]{1,9})</call>")   # ten digits or more are no command, but text
 LONGEST = len(b"<call></call>") + 9                   # bytes
@@ -528,7 +527,7 @@ class Run:
         if self.file.exists():                            # another script may have finished a stage meanwhile
             self.info["stages"] = read_json(self.file)["stages"]
         self.info["stages"][stage] = settings
-        write_beside(self.file, lambda file: file.write(json.dumps(self.info, indent=2).encode() + b"\n"))
+        write_json(self.file, self.info)
 
     @property
     def toy(self):
@@ -630,8 +629,8 @@ REAL = dict(temperature=0.7, max_new_tokens=2048)
 
 def piped(wait):
     """The text on standard input, "" if none is piped in. wait=False: only if it is there already."""
-    with suppress(OSError, ValueError):        # Windows, where one cannot look without waiting
-        if not sys.stdin.isatty() and (wait or select.select([sys.stdin], [], [], 0)[0]):
+    with suppress(OSError):                    # Windows, where one cannot look without waiting
+        if sys.stdin and not sys.stdin.isatty() and (wait or select.select([sys.stdin], [], [], 0)[0]):
             return sys.stdin.read()
     return ""
 
@@ -650,6 +649,8 @@ def main():
                          "--llm")
     if args.slm and not args.llm and not run.info["stages"]:
         p.error("--slm and --llm go together")
+    if args.question is not None and (args.questions or args.interactive):
+        p.error("a question, --questions and --interactive: only one of them")
     fill_in(args, TOY if toy else REAL)
     trained = "grpo" if run.has("grpo") else "warmup"
     device, dtype = machine(args, toy)

@@ -100,7 +100,7 @@ def test_the_bound_counts_the_facts_that_the_slm_lacks(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers that are kept
 
-ARGS = dict(temperature=1.0, max_new_tokens=8, repeat=2, seed=1, batch=3)
+ARGS = dict(temperature=1.0, llm_temperature=0.7, max_new_tokens=8, repeat=2, seed=1, batch=3)
 
 
 @pytest.fixture
@@ -137,8 +137,8 @@ def test_an_answer_is_written_once_and_read_back_as_it_was(writer):
     assert any(any(r.by_llm) for r in first) and len({tuple(r.tokens) for r in first}) > 2
 
 
-@pytest.mark.parametrize("changes", [dict(seed=2), dict(temperature=0.5), dict(max_new_tokens=7),
-                                     dict(marks=("a", "c")), dict(options=dict(fixed=3)),
+@pytest.mark.parametrize("changes", [dict(seed=2), dict(temperature=0.5), dict(llm_temperature=0.5),
+                                     dict(max_new_tokens=7), dict(marks=("a", "c")), dict(options=dict(fixed=3)),
                                      dict(options=dict(no_calls=True))])
 def test_an_answer_of_other_settings_is_never_taken_for_this_ones(writer, changes):
     """A table of last week's checkpoint under this week's name."""

@@ -661,7 +661,8 @@ def test_five_steps_in_a_row_without_a_finite_gradient_end_the_run(monkeypatch):
 
 
 @pytest.mark.parametrize("text, done, fault", [('{"step": 1}\n', 2, "1 of the checkpoint's 2"),
-                                               ('{"step": 1}\n{"ste\n', 2, "no JSON")])
+                                               ('{"step": 1}\n{"ste\n', 2, "no JSON object"),
+                                               ('{"step": 1}\n2\n', 2, "no JSON object")])
 def test_metrics_that_lack_a_step_of_the_checkpoint_are_one_line(tmp_path, text, done, fault):
     """Whoever edits the file by hand and resumes had a traceback, or a curve with a step missing."""
     file = tmp_path / "metrics.jsonl"

@@ -179,7 +179,8 @@ def test_a_run_json_of_something_else_is_named(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize("name, flags", [
     ("eval", ["--repeat", "2", "--temperature", "0"]), ("grpo", ["--variant", "b", "--gpus", "2", "--batch-scenarios"]),
-    ("grpo", ["--variant", "b", "--gpus", "4", *GRPO[2:]]), ("grpo", ["--pass-rate", "7"])])
+    ("grpo", ["--variant", "b", "--gpus", "4", *GRPO[2:]]), ("grpo", ["--pass-rate", "7"]),
+    ("grpo", ["--variant", "fixed_4"]), ("relay", ["why?", "--questions", "q.jsonl"])])
 def test_arguments_that_do_not_go_together_are_exit_code_2(monkeypatch, capsys, run, name, flags):
     """32 equal greedy answers cost a day; a fault that each process reports is a page."""
     code, text = fails(monkeypatch, capsys, name, "--run", run[0], *flags)
