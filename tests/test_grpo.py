@@ -406,13 +406,18 @@ def test_the_filter_keeps_what_the_llm_solves_often_enough_and_asks_it_once(tmp_
 
     monkeypatch.setattr(grpo, "write_answers", answers)
     pool = [SimpleNamespace(text=f"question {i}", number=i - 1) for i in range(6)]      # solved 0, 1, 2, 3, 4, 4 times
-    choose = lambda **changes: [q.number for q in grpo.filter_questions(pool, None, None, settings(**dict(dict(
-        filter_samples=4, pass_rate=0.5, llm=None, seed=1, llm_temperature=0.7, max_new_tokens=9), **changes)),
-        tmp_path / "filter.json")]
+
+    def choose(dtype=torch.float32, **changes):
+        args = settings(**dict(dict(filter_samples=4, pass_rate=0.5, llm=None, seed=1, llm_temperature=0.7,
+                                    max_new_tokens=9), **changes))
+        kept = grpo.filter_questions(pool, tiny("qwen3", dtype=dtype), None, args, tmp_path / "filter.json")
+        return [q.number for q in kept]
+
     assert choose() == [1, 2, 3, 4] and choose(pass_rate=0.75) == [2, 3, 4] and asked == [24]
     assert choose(filter_samples=2) == [0, 1, 2, 3, 4] and asked == [24, 12]
     assert choose(filter_samples=0) == [-1, 0, 1, 2, 3, 4] and asked == [24, 12]
     assert choose() == [1, 2, 3, 4] and asked == [24, 12]                                # both are kept
+    assert choose(dtype=torch.bfloat16) == [1, 2, 3, 4] and asked == [24, 12, 24]        # another LLM, in effect
 
 
 # ---------------------------------------------------------------------------------------------------------------------
