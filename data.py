@@ -14,7 +14,8 @@ Three things stand between a language model and a benchmark:
    \\frac12, 50\\%. `load_questions` brings the first to one shape, `grade` compares the second by value: it evaluates
    both sides (a formula, at fixed points), never by running what a model wrote as code.
 
-The toy's questions come first: the other chapters train on them. Left out: SentencePiece, template engines, a judge.
+The toy's questions come first: the other chapters train on them. Left out: SentencePiece (none of our families needs
+it), template engines (programs of strangers), and a judge (one more model's opinion).
 """
 import cmath
 import hashlib
@@ -243,17 +244,18 @@ class Tokenizer:
         self._bpe = tiktoken.Encoding("bpe", pat_str="", mergeable_ranks=self._ranks, special_tokens={})
 
     def _read_chat(self, path, settings):
-        """self._chat: (text before the user's, text after it, strip the user's); or a line that says what is wrong."""
+        """self._chat: (text before the user's, text after it, strip the user's); self._no_chat: why there is none."""
         file, template = path / "chat_template.jinja", settings.get("chat_template")
         if file.exists():
             template = file.read_text(encoding="utf-8", errors="replace")
         self._chat, self._end_of_turn = chat_format(str(template or ""))
+        self._no_chat = None
         if template is None:
-            self._chat = f"{path}: no chat template (chat_template.jinja or tokenizer_config.json)"
+            self._no_chat = f"{path}: no chat template (chat_template.jinja or tokenizer_config.json)"
         elif self._chat is None:
-            self._chat = f"{path}: its chat template is not one of Qwen2, Qwen3, SmolLM2, Llama 3 or plain ChatML"
+            self._no_chat = f"{path}: its chat template is not one of Qwen2, Qwen3, SmolLM2, Llama 3 or plain ChatML"
         elif self._end_of_turn not in self._added:
-            self._chat = f"{self._file}: lacks {self._end_of_turn}, which the chat template needs"
+            self._no_chat = f"{self._file}: lacks {self._end_of_turn}, which the chat template needs"
 
     def _read_ends(self, path):
         ends = [self._added[self._end_of_turn]] if self._end_of_turn in self._added else []
@@ -302,8 +304,8 @@ class Tokenizer:
 
     def chat(self, text):
         """Ids of one user turn in the checkpoint's chat format, up to where the assistant's first token belongs."""
-        if isinstance(self._chat, str):
-            raise ValueError(self._chat)
+        if self._no_chat:
+            raise ValueError(self._no_chat)
         before, after, strip = self._chat
         start, bracket, opening = before.rpartition("|>")  # what follows the last special token joins the user's text
         said = self.encode(opening + (text.strip() if strip else text))
@@ -610,8 +612,12 @@ def items(text):
     parts = parts if len(parts) > 1 else [part for part in split_outside(text, "[,;]") if part]
     if len(parts) == 1 and text[0] in "([" and text[-1] in ")]" and len(inner := split_outside(text[1:-1], ",")) > 1:
         return text[0] + text[-1], inner
-    return "", [part.replace("\\pm", plus).replace("\\mp", minus) for part in parts
-                for plus, minus in (("+", "-"), ("-", "+"))[:2 if "\\pm" in part else 1]]
+    signed = []
+    for part in parts:
+        signed.append(part.replace("\\pm", "+").replace("\\mp", "-"))
+        if "\\pm" in part:
+            signed.append(part.replace("\\pm", "-").replace("\\mp", "+"))
+    return "", signed
 
 
 def same(given, gold, depth=0):
@@ -704,8 +710,10 @@ class Formula:
     def take(self, wanted):
         """The next token, if it is one of these; "" if not."""
         token = self.tokens[self.at]
-        self.at += token in wanted and token != ""
-        return token if token in wanted else ""
+        if token == "" or token not in wanted:
+            return ""
+        self.at += 1
+        return token
 
     def group(self, close):
         """A sum up to its closing bracket."""
@@ -745,7 +753,7 @@ class Formula:
 
     def atom(self):
         token = self.tokens[self.at]
-        self.at += token != ""
+        self.at += 1 if token else 0
         name = token.lstrip("\\")
         if token[:1].isdecimal() or token[:1] == ".":
             if len(token) > 400 or "e" in token.lower() and abs(int(re.split("[eE]", token)[1])) > 300:

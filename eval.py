@@ -20,6 +20,8 @@ questions are drawn again, 2,000 times, with replacement, the same for all metho
 repeated answers to one question stay together. All counts are of what ran; only the random routers are computed.
 
 For the toy one more figure is known: the bound, what calls placed exactly on the unknown facts would cost.
+
+Left out: the paper's second look by a judge at answers that were scored wrong (one more model's opinion), and votes.
 """
 import base64
 import hashlib

@@ -18,7 +18,8 @@ directory from outside is not trusted: there is no pickle, and every size and of
 
 Shapes in this file: B rows, T tokens of a row in this pass, W tokens that a row can see, D = head_dim, V logits.
 
-Left out: dropout (neither stage uses it), mixture of experts, sliding windows, quantization, YaRN.
+Left out: dropout (neither stage uses it); mixture of experts, sliding windows, quantization and YaRN (the families
+that the paper uses need none of them).
 Sources: RMSNorm (arXiv 1910.07467), RoPE (2104.09864), grouped-query attention (2305.13245), SwiGLU (2002.05202).
 """
 import json

@@ -18,6 +18,9 @@ Three rules make it exact and cheap.
 
 Turns alternate for the whole batch: the SLM runs until every row waits or has ended, then the LLM serves all waiting
 rows as one batch, because its steps are the expensive ones. Whatever a model writes is data; nothing here raises on it.
+
+Left out: both models at work at the same time (the LLM's batches would be smaller, and a roll-out would depend on the
+clock), and an LLM behind a server (what it would have to offer is what Reader does).
 """
 import argparse
 import codecs
@@ -370,7 +373,7 @@ def relay_batch(slm, llm, tokenizer, rows, *, tell, progress, temperature, llm_t
             live = retire(live)
             turn = [r for r in order if not rows[r].out.end and not rows[r].owed]
 
-        for r in live:
+        for r in live:                                     # what of each row the LLM has not been fed
             new = rows[r].out.tokens[rows[r].since:]
             llm_reader.feed(r, new if router else without_commands(new, tokenizer))   # a router's commands are text
         turn = live                                        # the LLM serves them all as one batch

@@ -9,6 +9,9 @@ result. Because the answers are its own, right or wrong, what it knows does not 
 With no --slm and --llm the pair is the toy's, and stage 0 trains it here from scratch, one process for each model. What
 both stages need stands first: several processes that train one model, log-probabilities of chosen tokens,
 micro-batches, one optimizer step. On a first reading take token_logprobs() and supervised_step() of it, then stage 1.
+
+Left out: a choice among the answers (without the wrong ones what the SLM writes would shift), adapters such as LoRA,
+and one model spread over several GPUs (each process holds both models whole).
 """
 import argparse
 import itertools
