@@ -1,4 +1,4 @@
-"""Chapter 2. Text in, tokens out; questions in, marks out.
+"""Chapter 2. Text in, tokens out; answers in, right or wrong out.
 
 Three things stand between a language model and a benchmark:
 
@@ -10,7 +10,7 @@ Three things stand between a language model and a benchmark:
    Checkpoints carry a program (a Jinja template) for that. We run no programs of strangers: we recognise which of a
    few known formats it is, and write that format ourselves. What the user says stays text, also where it spells a
    special token, so that a question cannot end its own turn.
-3. Questions and a marker. Every benchmark has its own layout, and an answer can be written in many ways: 1/2, 0.5,
+3. Questions and a grader. Every benchmark has its own layout, and an answer can be written in many ways: 1/2, 0.5,
    \\frac12, 50\\%. `load_questions` brings the first to one shape, `grade` compares the second by value: it evaluates
    both sides (a formula, at fixed points), never by running what a model wrote as code.
 
@@ -113,7 +113,7 @@ def with_asides(ids, tokenizer, rng, share):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tokenizer
+# Tokenizer (skip it on a first reading)
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -381,7 +381,7 @@ def chat_format(template):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The toy's tokenizer
+# The toy's tokenizer (skip it on a first reading)
 
 def train_bpe(texts):
     """Byte-level BPE (Sennrich et al., arXiv 1508.07909): join the most frequent pair until every word is one token.
@@ -443,7 +443,7 @@ def save_toy_tokenizer(path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Benchmarks
+# Benchmarks (skip it on a first reading)
 
 def load_questions(path, limit=None):
     """Questions of a benchmark file, .jsonl or .json, in the order of the file; repeated ones stay.
@@ -517,7 +517,7 @@ def read_question(row):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Grading
+# Grading (skip it on a first reading)
 
 def grade(response, answer):
     """Whether the response's answer, its last \\boxed{} or else its last number, is the gold answer. Never raises.

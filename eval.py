@@ -72,12 +72,12 @@ class Answers:
     """answers.jsonl: a line an answer, under a key of all that decides it. An interrupted evaluation goes on there."""
 
     def __init__(self, path):
-        self.path, self.known = path, {}
+        self.path, self.records = path, {}
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         for line in text.splitlines():
             with suppress(ValueError, KeyError, TypeError):       # half a line, of an evaluation that was killed
                 record = json.loads(line)
-                self.known[record["key"]] = record
+                self.records[record["key"]] = record
         if text and not text.endswith("\n"):
             with open(path, "a", encoding="utf-8") as file:
                 file.write("\n")
@@ -92,7 +92,7 @@ class Answers:
             prompt, seed = tokenizer.chat(questions[n // args.repeat].text), (args.seed, n)
             text = json.dumps([settings, seed, prompt], sort_keys=True)
             jobs.append((hashlib.sha256(text.encode()).hexdigest(), prompt, seed))
-        missing = [job for job in jobs if job[0] not in self.known]
+        missing = [job for job in jobs if job[0] not in self.records]
         with progress_bar(total=len(jobs), initial=len(jobs) - len(missing), desc=method, unit="answer") as bar:
             for start in range(0, len(missing), args.batch):
                 part, before = missing[start:start + args.batch], time.perf_counter()
@@ -103,13 +103,13 @@ class Answers:
                 seconds = (time.perf_counter() - before) / len(part)
                 with open(self.path, "a", encoding="utf-8") as file:
                     for (key, _, (_, n)), r in zip(part, rollouts):
-                        self.known[key] = dict(key=key, method=method, question=n // args.repeat,
+                        self.records[key] = dict(key=key, method=method, question=n // args.repeat,
                                                repeat=n % args.repeat, tokens=r.tokens, calls=r.calls, end=r.end,
                                                cost=r.cost, seconds=seconds)
-                        file.write(json.dumps(self.known[key]) + "\n")
+                        file.write(json.dumps(self.records[key]) + "\n")
         rollouts, seconds = [], 0.0
         for key, prompt, _ in jobs:
-            record = self.known[key]
+            record = self.records[key]
             by_llm, calls = [False] * len(record["tokens"]), [Call(*call) for call in record["calls"]]
             for call in calls:
                 by_llm[call.position:call.position + call.delivered] = [True] * call.delivered
@@ -129,10 +129,10 @@ def interval(values, statistic=np.mean):
     return [float(low), float(high)]
 
 
-def summary(right, rollouts, alone_is_llm=False):
+def summary(right, rollouts, all_by_llm=False):
     """Accuracy, call ratio, calls and length of some answers."""
     n, tokens = len(rollouts), sum(len(r.tokens) for r in rollouts)
-    by_llm = tokens if alone_is_llm else sum(sum(r.by_llm) for r in rollouts)
+    by_llm = tokens if all_by_llm else sum(sum(r.by_llm) for r in rollouts)
     calls = [c for r in rollouts for c in r.calls if c.delivered]
     return dict(accuracy=float(np.mean(right)), questions=len(right), rho=by_llm / max(1, tokens),
                 llm_tokens=by_llm / n, call_rate=sum(any(r.by_llm) for r in rollouts) / n, calls=len(calls) / n,
@@ -158,9 +158,9 @@ def routers(rows, right):
                     cost_reduction=1 - ours["rho"] / p if p > 0 else None)
     p = min(max(p, 0.0), 1.0)
     shared = {key: ours[key] for key in ("questions", "seed", "temperature", "max_new_tokens", "repeat")}
-    for name, cost in (("random_router", p), ("random_router_equal_cost", ours["rho"])):
-        right[name] = (1 - cost) * slm + cost * llm                 # its expected accuracy on each question
-        rows[name] = dict(method=name, accuracy=float(right[name].mean()), rho=cost, ci95=interval(right[name]),
+    for name, sent in (("random_router", p), ("random_router_equal_cost", ours["rho"])):
+        right[name] = (1 - sent) * slm + sent * llm                 # its expected accuracy on each question
+        rows[name] = dict(method=name, accuracy=float(right[name].mean()), rho=sent, ci95=interval(right[name]),
                           **shared)
 
 
@@ -241,7 +241,7 @@ def tell(ours, analysis):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures, and a page that holds everything
+# Pictures, and a page that holds everything (skip it on a first reading)
 
 def plot(rows, sweep, metrics, path):
     """Accuracy against the LLM's share of tokens, and the learning curves. Needs matplotlib."""
@@ -355,19 +355,19 @@ class Table:
     def ask(self, method, writer, helper=None, questions=None, **options):
         """A method's row. It goes into the table, but for those of other questions than the table's."""
         asked, args = questions or self.questions, self.args
-        models = self.model(writer), self.model(helper) if helper else None
+        models = self.model(writer), (self.model(helper) if helper else None)
         marks = [self.marks[writer], self.marks.get(helper)]
         rollouts, seconds = self.answers.write(method, *models, marks, self.tokenizer, asked, args, **options)
         groups = [rollouts[i:i + args.repeat] for i in range(0, len(rollouts), args.repeat)]
         right = np.mean([[is_right(q, r, self.tokenizer) for r in group] for q, group in zip(asked, groups)], axis=1)
-        by_kind, alone = {}, method == "llm"
+        by_kind, all_by_llm = {}, method == "llm"
         for kind in sorted({q.kind for q in asked if q.kind}):
             chosen = [i for i, q in enumerate(asked) if q.kind == kind]
-            by_kind[kind] = summary(right[chosen], [r for i in chosen for r in groups[i]], alone)
+            by_kind[kind] = summary(right[chosen], [r for i in chosen for r in groups[i]], all_by_llm)
         small, large = (parameters(model.config) if model else 0 for model in models)
         ran = sum((r.cost["slm_prefill"] + r.cost["slm_decode"]) * small
                   + (r.cost["llm_prefill"] + r.cost["llm_decode"]) * large for r in rollouts)
-        row = dict(method=method, **summary(right, rollouts, alone), ci95=interval(right), seed=args.seed,
+        row = dict(method=method, **summary(right, rollouts, all_by_llm), ci95=interval(right), seed=args.seed,
                    temperature=args.temperature, max_new_tokens=args.max_new_tokens, repeat=args.repeat,
                    parameters_a_token=ran / max(1, sum(len(r.tokens) for r in rollouts)), seconds=seconds,
                    by_kind=by_kind)

@@ -5,7 +5,7 @@ its group (no value network), and the tokens that the SLM sampled become more or
 
     A = (r - mean of the group) / (std of the group + 1e-6)                        GRPO, arXiv 2402.03300, section 4.1
     loss = mean over tokens of  max(-A ratio, -A clip(ratio)) + 0.01 k3(policy, warmed-up model)
-           (the first term at most -3 A where A < 0)
+           (the first term at most -3 A where A < 0, so that one token whose ratio has exploded cannot decide)
 
 What is RelayLLM's own is the reward (arXiv 2601.05167, section 4.2). It asks what the group shows about the question:
 can the SLM do it alone, only with help, or not at all? If it can, not calling pays; if not, calling pays; and each
@@ -86,7 +86,7 @@ def policy_loss(logprobs, old_logprobs, advantages, low=0.2, high=0.3, dual=3.0)
 def k3(logprobs, ref_logprobs):
     """KL(policy || reference) of each sampled token: exp(d) - d - 1, d = ref - policy (Schulman 2020, estimator k3)."""
     d = (ref_logprobs - logprobs).clamp(-20, 20)
-    return (d.exp() - d - 1).clamp(-10, 10)
+    return (d.exp() - d - 1).clamp(max=10)               # one rare token must not decide the step
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def examples_of(rollouts, llm_tokens=False):
 
 
 def update(policy, reference, optimizer, rollouts, advantage, known, lr, args):
-    """One optimizer step on these roll-outs. Returns sums over its tokens (drift: the largest), for the metrics.
+    """One optimizer step on these roll-outs. Returns sums over its tokens (difference: the largest), for the metrics.
 
     advantage: (number of roll-outs,). The denominator is the number of learned tokens (--loss sequence: of roll-outs)
     of the whole update, over all micro-batches and processes, so that the gradient does not depend on how it is cut.
@@ -110,11 +110,11 @@ def update(policy, reference, optimizer, rollouts, advantage, known, lr, args):
     examples = examples_of(rollouts, args.llm_tokens_in_loss)
     counts = [sum(e.learn) for e in examples]
     tokens, responses = add_up([sum(counts), sum(n > 0 for n in counts)], known.device)
-    sums = dict(tokens=sum(counts), loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, drift=0.0)
+    sums = dict(tokens=sum(counts), loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, difference=0.0)
     if tokens == 0:                                       # in every process: nobody takes a step
         return sums | dict(norm=0.0)
-    share = (1 / (torch.tensor(counts) * responses) if args.loss == "sequence"
-             else torch.full([len(counts)], 1 / tokens))  # of the loss: that of each of a roll-out's tokens
+    weight = (1 / (torch.tensor(counts) * responses) if args.loss == "sequence"
+              else torch.full([len(counts)], 1 / tokens))          # in the loss, of each token of a roll-out
     for batch in micro_batches(examples, args.micro_tokens):
         part = [examples[i] for i in batch]
         with torch.no_grad():
@@ -128,11 +128,11 @@ def update(policy, reference, optimizer, rollouts, advantage, known, lr, args):
         owner = [i for i in batch for _ in range(counts[i])]       # of each learned token: its roll-out
         loss, clipped = policy_loss(logprobs, old, advantage[owner].to(logprobs), args.clip_low, args.clip_high)
         kl = k3(logprobs, ref)
-        loss = ((loss + args.kl * kl) * share[owner].to(logprobs)).sum()
+        loss = ((loss + args.kl * kl) * weight[owner].to(logprobs)).sum()
         loss.backward()
         for name, values in (("loss", loss), ("kl", kl), ("clipped", clipped), ("entropy", entropies)):
             sums[name] += values.sum().item()
-        sums["drift"] = max([sums["drift"], *(logprobs - old).abs().tolist()])
+        sums["difference"] = max([sums["difference"], *(logprobs - old).abs().tolist()])
     return sums | dict(norm=apply_gradient(policy, optimizer, lr))
 
 
@@ -189,8 +189,8 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
 
     sums = []
     for part in range(args.updates):           # old log-probabilities stay those of sampling over all updates
-        chosen = [i for i, q in enumerate(mine)
-                  if q * args.updates // len(questions) == part and not (args.skip_equal and not advantage[i].any())]
+        here = [i for i, q in enumerate(mine) if q * args.updates // len(questions) == part]   # cut alike everywhere
+        chosen = [i for i in here if advantage[i].any() or not args.skip_equal]
         sums.append(update(policy, reference, optimizer, [r for i in chosen for r in groups[i]],
                            advantage[chosen].flatten(), known, lr, args))
     tokens = sum(s["tokens"] for s in sums)
@@ -205,7 +205,7 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
         metrics[name] = total / count if count else None
     norms = [s["norm"] for s in sums if math.isfinite(s["norm"])]
     metrics |= dict(grad_norm=max(norms, default=math.nan), skipped=len(sums) - len(norms),
-                    sampler_learner_difference=next((s["drift"] for s in sums if s["tokens"]), 0.0), lr=lr,
+                    sampler_learner_difference=next((s["difference"] for s in sums if s["tokens"]), 0.0), lr=lr,
                     sample_seconds=middle - start, learn_seconds=time.perf_counter() - middle)
     return metrics, groups
 
@@ -232,8 +232,8 @@ def filter_questions(questions, llm, tokenizer, args, file):
     asked = [[q.text for q in questions], str(args.llm), str(llm.embed.weight.dtype), n, args.seed,
              args.llm_temperature, args.max_new_tokens]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-    known = read_json(file) if file.exists() else {}
-    solved = known.get(key)
+    earlier = read_json(file) if file.exists() else {}
+    solved = earlier.get(key)
     wait_for_all()                             # before the first process writes it
     if solved is None:
         many = [q for q in questions for _ in range(n)]
@@ -241,7 +241,7 @@ def filter_questions(questions, llm, tokenizer, args, file):
                               keep=lambda question, rollout: is_right(question, rollout, tokenizer))
         solved = [sum(right[i:i + n]) for i in range(0, len(right), n)]
         if world()[0] == 0:
-            write_json(file, known | {key: solved})
+            write_json(file, earlier | {key: solved})
     kept = [q for q, times in zip(questions, solved) if times >= args.pass_rate * n]
     print(f"filter: the LLM solves {len(kept)} of {len(questions)} questions")
     return kept
@@ -252,7 +252,9 @@ def filter_questions(questions, llm, tokenizer, args, file):
 
 # What the presets differ in. The toy samples at 0.7: at 1.0 it may learn to call always (README.md, "What failed on the
 # way"). Not flags: `ramp` (steps over which the learning rate rises), `decay` (then it falls to 0), and `skip_equal`
-# (groups of equal rewards are left out of the update, which saves time).
+# (groups of equal rewards are left out of the update: it saves time, and the mean and the KL are then over the others).
+# PAPER is from the paper or its code, but for micro_tokens, checkpointing and eval_every; and so are the other flags'
+# defaults, and `solo` and `dual` above.
 TOY = dict(temperature=0.7, max_new_tokens=96, steps=60, questions_per_step=16, group=16, lr=1e-3, updates=1,
            pool=640, filter_samples=2, decay=True, ramp=20, skip_equal=True, micro_tokens=3000,
            checkpointing=False, eval_every=20)
@@ -270,14 +272,14 @@ def arguments():
     g.add_argument("--group", type=positive(int), help="roll-outs of each question, G")
     g.add_argument("--lr", type=positive(float), help="learning rate; the toy's falls to 0")
     g.add_argument("--kl", type=at_least_zero(float), default=0.01,
-                   help="weight of the KL to the warmed-up model (0.01; GRPO, arXiv 2402.03300)")
+                   help="weight of the KL to the warmed-up model (0.01, as in RelayLLM; GRPO, arXiv 2402.03300)")
     g.add_argument("--reward", choices=["difficulty", "simple"], default="difficulty",
                    help="RelayLLM's difficulty-aware reward, or accuracy - rho")
-    g.add_argument("--updates", type=positive(int), help="updates for each batch of roll-outs (PPO)")
+    g.add_argument("--updates", type=positive(int), help="parts into which a step's questions are cut, one update each")
     g.add_argument("--clip-low", type=at_least_zero(float), default=0.2,
-                   help="PPO's clip below 1 (0.2; arXiv 1707.06347)")
+                   help="PPO's clip below 1 (0.2, the public code's; arXiv 1707.06347)")
     g.add_argument("--clip-high", type=at_least_zero(float), default=0.3,
-                   help="and above (0.3; DAPO, arXiv 2503.14476)")
+                   help="and above (0.3, the public code's; two bounds: DAPO, arXiv 2503.14476)")
     g.add_argument("--loss", choices=["token", "sequence"], default="token",
                    help="mean over all tokens (DAPO), or of each response's mean (GRPO, arXiv 2402.03300)")
     g.add_argument("--no-std", dest="scale_by_std", action="store_false",
@@ -290,7 +292,7 @@ def arguments():
     g.add_argument("--pass-rate", type=at_least_zero(float), default=0.5, metavar="SHARE",
                    help="keep questions that the LLM solves at least this often (0.5)")
     g = p.add_argument_group("comparisons and ablations")
-    g.add_argument("--no-teacher", action="store_true", help="plain GRPO: nobody to call")
+    g.add_argument("--no-teacher", action="store_true", help="plain GRPO: no LLM, and a command is text")
     g.add_argument("--llm-tokens-in-loss", action="store_true", help="ablation: learn the LLM's tokens too")
     g.add_argument("--batch-scenarios", action="store_true", help="ablation: scenarios of the whole batch")
     g.add_argument("--rho-asked", action="store_true", help="ablation: rho from n, not from what was delivered")
@@ -302,7 +304,8 @@ def arguments():
     g.add_argument("--save-every", type=positive(int), default=20, help="steps between checkpoints (20)")
     g.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     machine_arguments(p)
-    show_presets(p, TOY, PAPER, temperature="; the checks on the way are at 0.7")
+    show_presets(p, TOY, PAPER, temperature="; the checks on the way are at 0.7",
+                 slm=": what training starts from and stays near (RUN/warmup)")
     args = p.parse_args()
     check_gpus(p, args)
     if args.pass_rate > 1:
@@ -316,7 +319,7 @@ def arguments():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: a new directory each, made good by replacing one small file last
+# Checkpoints: a new directory each, made good by replacing one small file last (skip it on a first reading)
 
 def save_checkpoint(out, step, policy, optimizer, source, settings):
     """Write the state after `step`, then make it the one to go on from, then delete the one before."""
@@ -475,7 +478,7 @@ def train(done, questions, held_out, policy, reference, llm, tokenizer, optimize
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What it needs
+# What it needs (skip it on a first reading)
 
 def parameters(config):
     """How many numbers a model of this Config learns."""

@@ -98,10 +98,10 @@ class Grid(NamedTuple):
     """Sequences without padding, for learning: N tokens in one list, and how they stand in rows for attention.
 
     Most of a layer's work looks at one token alone, so it pays to have each token once: no padding, and a prompt that
-    many rows begin with only one time. (F.embedding is the gather whose gradient is fast.)
+    many rows begin with only one time. (F.embedding(i, x) below is x[i], with a faster gradient.)
     """
     take: torch.Tensor     # (B, T) int64: the place in the list of each row's tokens; anything behind a row's end
-    put: torch.Tensor      # (N,) int64: row * T + column where each token stands (one of them, if it stands in many)
+    put: torch.Tensor      # (N,) int64: row * T + column where each token stands (one of them: its copies are equal)
 
 
 class Layer(nn.Module):
@@ -351,8 +351,8 @@ class Cache:
             unseen = torch.arange(width, device=device) > position[:, :, None]                # (B, T, W)
             mask = torch.zeros(unseen.shape, dtype=self.like.dtype, device=device).masked_fill_(unseen, -torch.inf)
             mask = mask[:, None].repeat(1, 1, self.config.heads // kv_heads if T > 1 else 1, 1)
-        # A layer's cache as one long list of vectors of D numbers: where in it the new keys and values go, so that one
-        # copy stores them all. Where each row's list begins, (2, B, kv_heads, 1), and then its tokens' places.
+        # Flattened, a layer's cache is a list of vectors of D numbers; that of (key or value, slot, head, token) stands
+        # at ((kind * slots + slot) * kv_heads + head) * capacity + token. So one index_copy_ stores all that is new.
         lists = torch.arange(2 * slots * kv_heads, device=device).view(2, slots, kv_heads, 1)[:, :B] * capacity
         address = (lists + position[:, None]).view(-1)                                        # of (2, B, kv_heads, T)
         self.lengths[:B] = [length + count for length, count in zip(self.lengths, counts)]
@@ -365,7 +365,7 @@ class Cache:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Model directories
+# Model directories (skip it on a first reading)
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

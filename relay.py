@@ -45,7 +45,7 @@ import torch
 from data import INSTRUCTION, Tokenizer, grade, load_questions, toy_questions
 from model import Cache, forget, load, prepack, read_config, read_json, write_json
 
-COMMAND = re.compile(rb"<call>([0-9]{1,9})</call>")   # ten digits or more are no command, but text
+COMMAND = re.compile(rb"<call>([0-9]{1,9})</call>")   # nine digits at most: the text kept to find one is bounded
 LONGEST = len(b"<call></call>") + 9                   # bytes
 OPEN = b"<call"                                       # what no_calls=True forbids
 CHUNK = 256                                           # tokens of a row read at once: bounds the mask
@@ -74,7 +74,7 @@ class Rollout:
     tokens: list = field(default_factory=list)      # the response: commands and the end-of-text token included
     by_llm: list = field(default_factory=list)      # for each token: did the LLM write it?
     logprobs: list = field(default_factory=list)    # for each token
-    calls: list = field(default_factory=list)       # of Call
+    calls: list = field(default_factory=list)       # of Call; one of n = 0, too, which delivers nothing
     end: str = ""                                   # "eos", "eos_by_llm", or "length": the budget is spent
     cost: dict = field(default_factory=dict)        # tokens read: slm_prefill, slm_decode, llm_prefill, llm_decode
 
@@ -331,14 +331,14 @@ def relay_batch(slm, llm, tokenizer, rows, *, tell, progress, temperature, llm_t
     slm_reader = Reader(slm, prompts)
     llm_reader = Reader(llm, prompts) if llm is not None else None
 
-    def draw(reader, turn, heat, nucleus=1.0, forbid=None):
+    def draw(reader, turn, temperature, top_p=1.0, banned=None):
         """One step of a model for the rows whose turn it is: rows in cache order, log-probabilities, sampled ids."""
         order, logits = reader.step(turn)
-        logprobs = log_softmax(logits, known, heat)
-        if forbid is not None:
-            opening = forbid[[begun(rows[r].tail) for r in order]]                 # (B, N)
+        logprobs = log_softmax(logits, known, temperature)
+        if banned is not None:
+            opening = banned[[begun(rows[r].tail) for r in order]]                 # (B, N)
             logprobs = torch.log_softmax(logprobs.masked_fill(opening, -torch.inf), dim=-1)
-        ids = sample(logprobs, [rows[r].uniforms.item(len(rows[r].out.tokens)) for r in order], heat, nucleus)
+        ids = sample(logprobs, [rows[r].uniforms.item(len(rows[r].out.tokens)) for r in order], temperature, top_p)
         return order, logprobs, ids
 
     def retire(live):
@@ -619,9 +619,10 @@ def show(text, slm, llm, tokenizer, args, colour):
                      max_new_tokens=args.max_new_tokens, temperature=args.temperature)
     seconds, cost = time.perf_counter() - start, rollout.cost
     print(decoder.decode(b"", final=True) + (marks[1] if last else ""))
-    again = sum(len(rollout.prompt) + call.position for call in rollout.calls if call.delivered)
-    calls = f"{len(rollout.calls)} call{'s' * (len(rollout.calls) != 1)}"
-    print(f"{len(rollout.tokens)} tokens, {sum(rollout.by_llm)} by the LLM (rho {rollout.rho:.1%}) in {calls}; "
+    calls = [call for call in rollout.calls if call.delivered]
+    again = sum(len(rollout.prompt) + call.position for call in calls)
+    print(f"{len(rollout.tokens)} tokens, {sum(rollout.by_llm)} by the LLM (rho {rollout.rho:.1%}) in {len(calls)} "
+          f"call{'s' * (len(calls) != 1)}; "
           f"{len(rollout.tokens) / seconds:.0f} tokens/s; the LLM read {cost['llm_prefill']} tokens "
           f"(sending the whole context at each call: about {again})")
 

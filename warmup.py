@@ -40,9 +40,11 @@ from relay import (Run, WrongArguments, command, entropy, fill_in, load_pair, lo
                    relay, run_script, shares, show_presets, small_models)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Shared by both stages: data parallel training. N processes run the same script; each holds both models and takes every
-# N-th question. What they have in common (seeds, order, settings) each computes for itself, so little is sent: rows of
-# metrics, roll-outs where all need all, and the gradient.
+# Shared by both stages: data parallel training (skip it on a first reading)
+#
+# N processes run the same script; each holds both models and takes every N-th question. What they have in common
+# (seeds, order, settings) each computes for itself, so little is sent: rows of metrics, roll-outs where all need all,
+# and the gradient.
 
 
 def world():
@@ -472,7 +474,7 @@ def main():
     wait_for_all()
     slm, llm, tokenizer = load_pair(run.directory("slm"), run.directory("llm"), device, frozen)
     start = time.perf_counter()
-    own = write_answers(slm, None, tokenizer, pool, args, "sample", temperature=1.0)    # what it says as it is
+    own = write_answers(slm, None, tokenizer, pool, args, "sample", temperature=1.0)    # its own distribution
     print(f"sampled {sum(len(r.tokens) for r in own) / (time.perf_counter() - start):,.0f} tokens/s")
     report("SLM alone", check, write_answers(slm, None, tokenizer, check, args, "before"), tokenizer)
     start = time.perf_counter()

@@ -123,7 +123,7 @@ def test_kl_and_drift_start_at_zero(toy):
     optimizer = SimpleNamespace(param_groups=[{}], zero_grad=lambda set_to_none: policy.zero_grad(), step=lambda: None)
     sums = update(policy, reference, optimizer, rollouts, torch.ones(len(rollouts)), torch.tensor(tokenizer.known),
                   1e-3, settings())
-    assert sums["kl"] == 0 and sums["drift"] < 1e-5
+    assert sums["kl"] == 0 and sums["difference"] < 1e-5
 
 
 def test_a_checkpoint_with_other_settings_is_refused(toy, tmp_path):
@@ -198,7 +198,7 @@ def played(monkeypatch, groups, **changes):
 
     def note(policy, reference, optimizer, rollouts, advantage, known, lr, args):
         seen.append((rollouts, advantage.tolist(), [list(r.logprobs) for r in rollouts]))
-        return dict(tokens=1, loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, drift=0.0, norm=changes.get("norm", 0.0))
+        return dict(tokens=1, loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, difference=0.0, norm=changes.get("norm", 0.0))
 
     monkeypatch.setattr(grpo, "relay", lambda *args, **options: [r for group in groups for r in group])
     monkeypatch.setattr(grpo, "is_right", lambda question, rollout, tokenizer: bool(rollout.tokens[-1]))
@@ -364,8 +364,8 @@ def test_the_old_log_probabilities_stay_those_of_sampling(letters):
             now = token_logprobs(policy, examples_of(rollouts), known)[0]
         sampled = torch.tensor([lp for r in rollouts for lp, b in zip(r.logprobs, r.by_llm) if not b])
         sums = update(policy, reference, optimizer, rollouts, torch.ones(len(rollouts)), known, 0.03, settings())
-        assert sums["drift"] == pytest.approx((now - sampled).abs().max().item(), abs=1e-6)
-        assert (sums["drift"] > 0.05) == (sums["clipped"] > 0) == (k > 0)
+        assert sums["difference"] == pytest.approx((now - sampled).abs().max().item(), abs=1e-6)
+        assert (sums["difference"] > 0.05) == (sums["clipped"] > 0) == (k > 0)
     assert stored == [r.logprobs for r in rollouts]
 
 
