@@ -534,7 +534,7 @@ def test_a_run_that_is_killed_and_stopped_ends_with_the_same_bytes(warmed_up, tm
     """A laptop that sleeps, a scheduler that stops the job: the order of questions or a random state would differ."""
     other = tmp_path / "other"
     shutil.copytree(warmed_up, other)
-    assert started(other).wait(100) == 0
+    undisturbed = started(other)
     process = started(warmed_up)
     wait_for_lines(warmed_up, 8, process)
     process.kill()
@@ -548,7 +548,7 @@ def test_a_run_that_is_killed_and_stopped_ends_with_the_same_bytes(warmed_up, tm
     process.terminate()
     errors = process.communicate(timeout=100)[1]
     assert process.returncode == 1 and "go on with --resume" in errors and "Traceback" not in errors
-    assert started(warmed_up, "--resume").wait(100) == 0
+    assert started(warmed_up, "--resume").wait(100) == 0 == undisturbed.wait(100)
     assert [json.loads(line)["step"] for line in (warmed_up / "grpo" / "metrics.jsonl").open()] == list(range(1, 41))
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (warmed_up / "grpo" / name).read_bytes() == (other / "grpo" / name).read_bytes()
