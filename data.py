@@ -526,8 +526,10 @@ def grade(response, answer):
     """
     gold, given = tidy(answer), last_boxed(response)
     if choice := re.fullmatch(r"\(?([A-J])\)?", gold):  # multiple choice: "C", "(C)" and "(C) 12 apples" all say C
-        said = None if given is None else re.match(r"\(?([A-J])(?![\w'])", tidy(given))
-        for found in re.finditer(r"\(([A-J])\)|answer is:? \**([A-J])\b", response if given is None else ""):
+        plain = re.sub(r"\\[a-zA-Z]+\s*|[{}$*\\]", "", given or "").strip()
+        said = re.match(r"(?:(?i:option|choice)\s+)?\(?([A-J])\)?(?![\w')])(?!\s*(?:,|\+|and|or)\s*\(?[A-J]\b)", plain)
+        for found in re.finditer(r"\(([A-J])\)|(?i:answer|option|choice)(?: is)?:?[\s*$(]+([A-J])\b",
+                                 response if given is None else ""):
             said = found
         return said is not None and choice[1] in said.groups()
     if given is None:
@@ -542,7 +544,7 @@ def grade(response, answer):
 def last_boxed(text):
     """What stands in the last \\boxed{...} that is closed, nested braces included; None without one. One pass."""
     found, open_braces = None, []
-    for brace in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]", text):
+    for brace in re.finditer(r"\\\\(?!boxed|fbox)|\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]", text):
         if brace[0] == "}" and open_braces:
             start = open_braces.pop()
             found = slice(start, brace.start()) if start else found
@@ -551,7 +553,7 @@ def last_boxed(text):
     return text[found] if found else None
 
 
-NUMBER = re.compile(r"(?:(?<![\w)}])-)?(?:\\frac\{\d+\}\{\d+\}"
+NUMBER = re.compile(r"(?:(?<![\w)}])-)?(?:\\[dtc]?frac(?:\{\d+\}\{\d+\}|\d\d)"
                     r"|\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d*\.?\d+)(?:\.\d+)?(?:/\d+)?%?)")
 FUNCTIONS = {
     "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "arcsin": cmath.asin, "arccos": cmath.acos,
@@ -560,29 +562,44 @@ FUNCTIONS = {
     "ln": cmath.log, "log": cmath.log, "lg": cmath.log10, "sqrt": cmath.sqrt, "abs": abs}
 CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j}
 NAMES = "|".join(sorted([*FUNCTIONS, "pi"], key=len, reverse=True))
-WORDS = r"\\(?:text|mbox|textbf|textit|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
-UNITS = rf"(?:[ckm]m|kg|ml|mph|ft|dollars|cents|degrees|hours|minutes|min|seconds|inches)\b|\s(?!{NAMES})[A-Za-z]{{3,}}"
+WORDS = r"\\(?:text|textrm|textbf|textit|emph|mbox|mathrm|operatorname)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
+UNITS = (r"(?:[ckm]m|kg|ml|mph|ft|dollars|cents|degrees|hours|minutes|min|seconds|inches)\b"
+         rf"|\s(?!{NAMES}|plus|minus|times)[A-Za-z]{{3,}}")
+SCALES = {"hundred": "*10^2", "thousand": "*10^3", "million": "*10^6", "billion": "*10^9"}
 TIDY = [(re.compile(pattern), new) for pattern, new in (
+    (r"\s+", " "),  # first: some of what follows would take cubic time in spaces
     (r"^\s*\\boxed\s*\{(.*)\}\s*$", r"\1"), (r",\\!\s*|\{,\}", ""),  # thousands: 10,\!080
     (r"\\(?:left|right)(?![a-z])\.?|\\(?:[bB]igg?[lr]?|displaystyle|q?quad|limits)(?![a-zA-Z])|\\[,!;:]", ""),
-    (r"\\?\$|[£€]|\*\*$|^\*\*|\^?\s*\{?\s*\\(?:circ|degree)\s*\}?|[°º]|\bnp\.|\bmath\.", ""),
-    (r"(?<!\\)\\ |~|\s+", " "), (r"\\%", "%"), (r"[−–]", "-"),
+    (r"\\?\$|[£€]|\*\*$|^\*\*|\^?\s*\{\s*\\(?:circ|degree)\s*\}|\^?\s*\\(?:circ|degree)(?![a-z])"
+     r"|[°º]|\bnp\.|\bmath\.|\\(?:boldsymbol|mathbf|mathsf|bm|underline)\s*(?=\{)", ""),
+    (r"\\\\\[\w+\]", r"\\\\"), (r"^\s*(?:[a-zA-Z]\w*)?\s*\\approx|\s*\\approx.*$", ""),
+    (r"(?<!\\)\\ |~", " "), (r" +", " "), (r"\\%", "%"), (r"[−–]", "-"),
     (r"π", r"\\pi "), (r"√", r"\\sqrt "), (r"∞", r"\\infty "),
     (r"\\geq(?:slant)?(?![a-z])|≥|>=", r"\\ge "), (r"\\leq(?:slant)?(?![a-z])|≤|<=", r"\\le "),
     (r"\\[dtc]frac", r"\\frac"), (r"\\frac\s*(\d)\s*(?=[\d{])", r"\\frac{\1}"),
     (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
     (r"(?<![\w.}])(\d+)\s*(\\frac\s*\{\d+\}\s*\{\d+\})|(?<![\w.}])(\d+)\s+(\d+/\d+)", r"(\1\3+\2\4)"),  # mixed numbers
+    (rf"(?<=\d)\s*({'|'.join(SCALES)})\b", lambda scale: SCALES[scale[1]]),
     (rf"(?<=[\d}}])\s*(?:{UNITS}).*$", ""),
     (r"(?<![\d.,(\[])(?<!\\\{)(\d{1,3}(?:,\d{3})+)(?![\d,])", lambda number: number[1].replace(",", "")),
-    (r"_\{(\w)\}", r"_\1"), (r"^\s*[a-zA-Z]\s*\\in(?![a-z])|[\s.]+$|^\s+", ""))]
+    (r"_\{(\w)\}", r"_\1"), (r"^\s*[a-zA-Z]\s*\\in(?![a-z])|(?:[\s./]|\\cdot)+$|^\s+", ""))]
+
+
+def word(found):
+    """What stands for a \\text{...} in a formula: a list's comma, a name, a number's unit as it is, to be cut out."""
+    text = found[1].strip()
+    before = found.string[:found.start()][-9:]
+    unit = text in "mgsNJWKVALCFTh" and re.search(r"[\d}](?:\\[,;: ]|\\cdot|[~ /])*$", before)
+    if text in ("and", "or", *SCALES):
+        return f" {text} "
+    return text if re.fullmatch(NAMES + "|[A-Za-z]", text) and not unit else found[0]
 
 
 def tidy(text):
     """One spelling for what may be spelled in many ways: LaTeX's spacing, units, degrees, thousands, mixed numbers."""
     if len(text) > 1000:
         return text
-    text = re.sub(WORDS, lambda w: "," if w[1].strip() in ("and", "or") else
-                  w[1] if re.fullmatch(NAMES + "|[A-Za-z]", w[1]) else w[0], text)
+    text = re.sub(WORDS, word, text)
     bare = re.sub(WORDS + r"(\s*\^\s*\{?-?\d\}?)?", "", text)  # without its words, which are units unless they are all
     text = bare if re.search(r"[^\W_]", bare) else re.sub(WORDS, r" \1 ", text)
     text = re.sub(r"\s(?:and|or)\s", ",", text)
@@ -624,30 +641,34 @@ def same(given, gold, depth=0):
     """Whether two tidied answers are one: lists in any order; tuples, intervals, matrices in theirs; else values."""
     if not gold or not given or max(len(given), len(gold)) > 1000 or depth > 4:
         return given == gold != ""
-    if given.replace(" ", "") == gold.replace(" ", ""):
+    tight = [re.sub(r"(?<!\d) | (?!\d)", "", side) for side in (given, gold)]  # 1 2 is not 12
+    if tight[0] == tight[1]:
         return True
-    if given.isalpha() and gold.isalpha() and min(len(given), len(gold)) > 1:
-        return given.lower() == gold.lower()
-    digits = [re.fullmatch(r"(\d\w*?)(_\{?\d+\}?)?", side) for side in (given, gold)]
+    if all(side.isalpha() and len(side) > 1 for side in tight):
+        if tight[0].lower() == tight[1].lower() or max(map(len, tight)) > 3:  # a word; ab may be a product
+            return tight[0].lower() == tight[1].lower()
+    digits = [re.fullmatch(r"\(?(\d\w*?)\)?(_\{?\d+\}?)?", side) for side in (given, gold)]
     if all(digits) and (digits[0][2] or digits[1][2]):  # 52_8, or 52 alone
         return digits[0][1] == digits[1][1] and not (digits[0][2] and digits[1][2])
-    for mark in (r"\\ge(?![a-z])|>", r"\\le(?![a-z])|<"):
+    for mark in (r"\\ge(?![a-z])", r"\\le(?![a-z])", ">", "<"):
         a, b = split_outside(given, mark), split_outside(gold, mark)
         if len(a) == len(b) > 1:
             return all(same(x, y, depth + 1) for x, y in zip(a, b))
     left, right = split_outside(given, "="), split_outside(gold, "=")
     if len(left) + len(right) > 2 and len(split_outside(given, "[,;]")) == len(split_outside(gold, "[,;]")) == 1:
+        if len(left) == len(right) == 2 and right[1].isalpha() and len(right[1]) > 1:  # an equation of words
+            return sorted(left) == sorted(right)
         if len(left) == len(right) == 2 and same_equation(left, right):
             return True
-        named = len(right) == 1 or not re.search("[+-]", right[0])  # x = 5 is 5; x + y = 5 is not
+        named = len(right) == 1 or not re.search("[+-]", "".join(left[:-1]) + right[0])  # x = 5 is 5; x + y = 5 is not
         return named and same(left[-1], right[-1], depth + 1)
     (open_a, a), (open_b, b) = items(given), items(gold)
     if len(a) == len(b) == 1:
         return same_value(a[0], b[0])
     if len(a) != len(b) or len(a) > 64:
         return False
-    if open_a and open_b or "matrix" in (open_a, open_b):
-        return open_a == open_b and all(same(x.strip(), y.strip(), depth + 1) for x, y in zip(a, b))
+    if open_b or open_a == "matrix":  # (3, 4) may be given as 3, 4
+        return open_a in ("", open_b) and all(same(x.strip(), y.strip(), depth + 1) for x, y in zip(a, b))
     for x in a:
         found = next((n for n, y in enumerate(b) if same(x, y, depth + 1)), None)
         if found is None:
@@ -657,12 +678,17 @@ def same(given, gold, depth=0):
 
 
 def same_value(given, gold):
-    """Equal as numbers: exactly if both are written exactly, else to 6 places. Formulas: at three fixed points."""
+    """Equal as numbers: exactly if both are written exactly, else to 6 places. Formulas: at some fixed points.
+
+    Points 0 and 1 are positive, 2 is negative; 3 stands for it where roots and logarithms may be written in several
+    ways, and floors and ceilings are compared at whole numbers, from 10 on.
+    """
     if given.endswith("%") or gold.endswith("%"):  # 50% is 50 and 0.5
         a, b = given.rstrip("% "), gold.rstrip("% ")
         pairs = [(a, b), (a, f"({b})/100")] if a == given else [(a, b), (f"({a})/100", b)] if b == gold else [(a, b)]
         return any(same_value(*pair) for pair in pairs)
-    for point in range(3):
+    points = (0, 1, 3) if re.search(r"\\sqrt|\\ln|\\log|\^\{?-?\d+/\d", given + gold) else (0, 1, 2)
+    for point in range(10, 30) if re.search(r"\\l(?:floor|ceil)", given + gold) else points:
         a, b = evaluate(given, point), evaluate(gold, point)
         if a is None or b is None:
             return False
@@ -688,7 +714,7 @@ def same_equation(given, gold):
 def evaluate(text, point):
     """The value of a formula in LaTeX or plain notation: a Fraction if exact, else a complex number; None without one.
 
-    A letter or an unknown command is a variable: a fixed number, another one at each point (0, 1, 2).
+    A letter or an unknown command is a variable: a fixed number, another one at each point.
     """
     try:
         return Formula(text, point).group({""})
@@ -730,7 +756,11 @@ class Formula:
         while True:
             if self.take({"/", "\\div", ":"}):
                 value = value / self.factor()
-            elif self.take({"*", "\\cdot", "\\times"}) or self.tokens[self.at] not in self.ENDS:  # 2*x, 2x
+            elif self.take({"*", "\\cdot", "\\times"}):
+                value = value * self.factor()
+            elif self.tokens[self.at] not in self.ENDS:  # 2x, but not 2 3
+                if self.tokens[self.at - 1].isdecimal() and self.tokens[self.at].isdecimal():
+                    raise ValueError("two numbers in a row")
                 value = value * self.factor()
             else:
                 return value
@@ -777,8 +807,10 @@ class Formula:
             return CONSTANTS[name]
         if not name[:1].isalpha() or token == name and name[1:2] not in ("", "_"):
             raise ValueError("a word, or a sign that stands in no formula")
-        value = random.Random(f"{name} {self.point}").uniform(0.4, 2.6)
-        return -value if self.point == 2 else value
+        rng = random.Random(f"{name} {self.point}")
+        if self.point >= 10:
+            return Fraction(rng.choice((4, 5, 7, 8, 9, 10, 12, 15, 16, 17, 25, 26, 31, 32, 33, 50)))
+        return rng.uniform(0.4, 2.6) * (-1 if self.point == 2 else 1)
 
     def function(self, name):
         index = self.group({"]"}) if name == "sqrt" and self.take({"["}) else Fraction(2)

@@ -82,14 +82,14 @@ class Answers:
             with open(path, "a", encoding="utf-8") as file:
                 file.write("\n")
 
-    def write(self, method, writer, helper, marks, tokenizer, questions, args, **options):
-        """Roll-outs and seconds of `questions`, each args.repeat times. writer, helper: models; marks: fingerprints."""
+    def write(self, method, writer, helper, marks, tokenizer, questions, repeat, args, **options):
+        """Roll-outs and seconds of `questions`, each `repeat` times. writer, helper: models; marks: fingerprints."""
         settings = dict(marks=marks, dtypes=[str(m.embed.weight.dtype) for m in (writer, helper) if m],
                         temperature=args.temperature, llm_temperature=args.llm_temperature,
                         max_new_tokens=args.max_new_tokens, **options)
         jobs = []                                 # of each answer its key, prompt and seed
-        for n in range(len(questions) * args.repeat):
-            prompt, seed = tokenizer.chat(questions[n // args.repeat].text), (args.seed, n)
+        for n in range(len(questions) * repeat):
+            prompt, seed = tokenizer.chat(questions[n // repeat].text), (args.seed, n)
             text = json.dumps([settings, seed, prompt], sort_keys=True)
             jobs.append((hashlib.sha256(text.encode()).hexdigest(), prompt, seed))
         missing = [job for job in jobs if job[0] not in self.records]
@@ -103,8 +103,8 @@ class Answers:
                 seconds = (time.perf_counter() - before) / len(part)
                 with open(self.path, "a", encoding="utf-8") as file:
                     for (key, _, (_, n)), r in zip(part, rollouts):
-                        self.records[key] = dict(key=key, method=method, question=n // args.repeat,
-                                               repeat=n % args.repeat, tokens=r.tokens, calls=r.calls, end=r.end,
+                        self.records[key] = dict(key=key, method=method, question=n // repeat,
+                                               repeat=n % repeat, tokens=r.tokens, calls=r.calls, end=r.end,
                                                cost=r.cost, seconds=seconds)
                         file.write(json.dumps(self.records[key]) + "\n")
         rollouts, seconds = [], 0.0
@@ -323,7 +323,7 @@ def find_variants(args, run, slm):
     stages, grpo = run.info["stages"], run.info["stages"]["grpo"]
     asked = lambda name: args.all or name in args.rows
     there = {name: stage for name, stage in stages.items() if asked(name) and run.has(name)
-             and name not in ("warmup", "grpo") and not name.startswith("pretrain")}
+             and name not in ("warmup", "grpo") and not name.startswith("pretrain ")}
     same = f"--seed {grpo['seed']}" + (f" --questions {grpo['questions']}" if "questions" in grpo else "")
     for name, flags in VARIANTS.items():
         if asked(name) and name not in there:
@@ -355,10 +355,12 @@ class Table:
     def ask(self, method, writer, helper=None, questions=None, **options):
         """A method's row. It goes into the table, but for those of other questions than the table's."""
         asked, args = questions or self.questions, self.args
+        repeat = 1 if questions else args.repeat
         models = self.model(writer), (self.model(helper) if helper else None)
         marks = [self.marks[writer], self.marks.get(helper)]
-        rollouts, seconds = self.answers.write(method, *models, marks, self.tokenizer, asked, args, **options)
-        groups = [rollouts[i:i + args.repeat] for i in range(0, len(rollouts), args.repeat)]
+        rollouts, seconds = self.answers.write(method, *models, marks, self.tokenizer, asked, repeat, args,
+                                                **options)
+        groups = [rollouts[i:i + repeat] for i in range(0, len(rollouts), repeat)]
         right = np.mean([[is_right(q, r, self.tokenizer) for r in group] for q, group in zip(asked, groups)], axis=1)
         by_kind, all_by_llm = {}, method == "llm"
         for kind in sorted({q.kind for q in asked if q.kind}):
@@ -368,7 +370,7 @@ class Table:
         ran = sum((r.cost["slm_prefill"] + r.cost["slm_decode"]) * small
                   + (r.cost["llm_prefill"] + r.cost["llm_decode"]) * large for r in rollouts)
         row = dict(method=method, **summary(right, rollouts, all_by_llm), ci95=interval(right), seed=args.seed,
-                   temperature=args.temperature, max_new_tokens=args.max_new_tokens, repeat=args.repeat,
+                   temperature=args.temperature, max_new_tokens=args.max_new_tokens, repeat=repeat,
                    parameters_a_token=ran / max(1, sum(len(r.tokens) for r in rollouts)), seconds=seconds,
                    by_kind=by_kind)
         if questions is None:

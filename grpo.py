@@ -33,7 +33,7 @@ from relay import (Run, WrongArguments, at_least_zero, differing, fill_in, is_ri
                    positive, relay, run_script, shares, show_presets)
 from warmup import (HEAD, Example, adamw, add_up, apply_gradient, check_gpus, hear_signals, join_processes,
                     machine_arguments, micro_batches, progress_bar, settings, start_processes, token_logprobs,
-                    training_questions, wait_for_all, world, write_answers)
+                    short, training_questions, wait_for_all, world, write_answers)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reward, advantage, loss: pure functions
@@ -210,39 +210,33 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
     return metrics, groups
 
 
-PROMPT = 4096     # tokens of a question at most (the paper's training)
-
-
-def short(questions, tokenizer):
-    """Those with a prompt of at most PROMPT tokens."""
-    kept = [q for q in questions if len(tokenizer.chat(q.text)) <= PROMPT]
-    if longer := len(questions) - len(kept):
-        print(f"left out: {longer} of {len(questions)} questions, whose prompts have over {PROMPT} tokens")
-    return kept
+FILTERED = 1000   # questions
 
 
 def filter_questions(questions, llm, tokenizer, args, file):
     """Keep the questions that the LLM solves alone often enough (RelayLLM, section 5): only there can asking help.
 
-    With real models this takes hours, so what it found is kept in `file`, for --resume and for variants.
+    With real models this takes hours, so what it found is kept in `file`, for --resume and for variants, after every
+    FILTERED questions.
     """
     n = args.filter_samples
     if n == 0:
         return questions
-    asked = [[q.text for q in questions], str(args.llm), str(llm.embed.weight.dtype), n, args.seed,
-             args.llm_temperature, args.max_new_tokens]
+    model = [str(llm.embed.weight.dtype), llm.norm.weight.tolist()]            # enough to tell one LLM from another
+    asked = [[q.text for q in questions], model, n, args.seed, args.llm_temperature, args.max_new_tokens]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     earlier = read_json(file) if file.exists() else {}
-    solved = earlier.get(key)
+    solved = earlier.get(key, [])              # how often, question by question, as far as it has come
     wait_for_all()                             # before the first process writes it
-    if solved is None:
-        many = [q for q in questions for _ in range(n)]
+    while len(solved) < len(questions):
+        many = [q for q in questions[len(solved):len(solved) + FILTERED] for _ in range(n)]
         right = write_answers(llm, None, tokenizer, many, args, "filter", temperature=args.llm_temperature,
-                              keep=lambda question, rollout: is_right(question, rollout, tokenizer))
-        solved = [sum(right[i:i + n]) for i in range(0, len(right), n)]
+                              keep=lambda question, rollout: is_right(question, rollout, tokenizer),
+                              first=len(solved) * n)
+        solved = solved + [sum(right[i:i + n]) for i in range(0, len(right), n)]
         if world()[0] == 0:
             write_json(file, earlier | {key: solved})
-    kept = [q for q, times in zip(questions, solved) if times >= args.pass_rate * n]
+    kept = [q for q, times in zip(questions, solved) if times / n >= args.pass_rate]
     print(f"filter: the LLM solves {len(kept)} of {len(questions)} questions")
     return kept
 
@@ -313,7 +307,7 @@ def arguments():
     if args.group == 1:
         p.error("--group 1: a roll-out alone has nothing to be compared with")
     taken = r"slm|llm|warmup|eval|relay|relay_no_teacher|fixed_\d+|token_router|random_router\w*"    # by eval.py, too
-    if not re.fullmatch(r"\w+", args.variant) or re.fullmatch(taken, args.variant):
+    if not re.fullmatch(r"\w+", args.variant) or re.fullmatch(taken, args.variant, re.I):
         p.error(f"--variant {args.variant}: a name of letters and digits, and none that the run uses otherwise")
     return args
 
@@ -418,7 +412,8 @@ def held_out_check(questions, policy, llm, tokenizer, args):
     """How the relay does at temperature 0.7 on questions that are neither learned from nor reported; {} without any."""
     if not questions:
         return {}
-    rollouts = write_answers(policy, llm, tokenizer, questions, args, "check", temperature=0.7)    # as the toy's table
+    rollouts = write_answers(policy, llm, tokenizer, questions, args, "check", temperature=0.7,    # as the toy's table
+                             llm_temperature=args.llm_temperature)
     return dict(zip(("eval_accuracy", "eval_call_rate", "eval_rho"), shares(questions, rollouts, tokenizer)))
 
 
@@ -572,7 +567,7 @@ def main():
     optimizer = adamw(policy, args.lr)
     if folder:
         load_optimizer(optimizer, folder / "optimizer.pt")
-    questions, held_out = short(questions, tokenizer), short(held_out, tokenizer)
+    questions, held_out = (short(some, tokenizer, policy, llm) for some in (questions, held_out))
     questions = filter_questions(questions, llm, tokenizer, args, run.path / "filter.json")
     if not questions:
         raise ValueError("the LLM solves none of the questions; give easier ones, or --filter-samples 0")

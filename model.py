@@ -305,6 +305,9 @@ class Cache:
         _, slots, _, capacity, _ = self.layers[0].shape
         if len(self.rows) + len(new) > slots:
             self.resize(len(self.rows) + len(new), capacity)
+        if new:
+            for kv in self.layers:              # what an earlier row left here may have overflowed
+                kv[:, len(self.rows):len(self.rows) + len(new)] = 0
         self.rows, self.lengths = self.rows + new, self.lengths + [0] * len(new)
         out = [slot for slot in range(n) if self.rows[slot] not in wanted]     # stand in front, have to leave
         back = [slot for slot in range(n, len(self.rows)) if self.rows[slot] in wanted]
@@ -419,7 +422,8 @@ def parse_config(raw, path):
     config = Config(
         vocab_size=number("vocab_size"), hidden=hidden, ffn=number("intermediate_size"),
         layers=number("num_hidden_layers"), heads=heads, kv_heads=number("num_key_value_heads", heads),
-        head_dim=number("head_dim", max(hidden // heads, 1)), context=number("max_position_embeddings", 2048),
+        head_dim=number("head_dim", 128 if kind == "qwen3" else max(hidden // heads, 1)),
+        context=number("max_position_embeddings", 2048),
         rope_theta=float(number("rope_theta", 10000.0, (int, float), rope if rope.get("rope_theta") else raw)),
         rope_scaling=None if scaling == "default" else rope,
         norm_eps=float(number("rms_norm_eps", 1e-6, (int, float))),

@@ -303,7 +303,8 @@ def relay(slm, llm, tokenizer, prompts, *, max_new_tokens, temperature=0.7, seed
     context = min(model.config.context for model in (slm, llm) if model is not None)
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) < context:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens; the context holds 1 to {context - 1}")
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens; the context holds 1 to {context - 1}: "
+                             f"{tokenizer.decode(prompt)[:80]!r} ...")
     how = dict(temperature=temperature, llm_temperature=llm_temperature, top_p=top_p, fixed=fixed, router=router,
                no_calls=no_calls, progress=progress)
     rollouts, size, packed = [], batch or len(prompts) or 1, prepack(slm)
@@ -505,8 +506,8 @@ class Run:
             raise ValueError(f"{self.file}: not a file of this program (no stages in it)")
 
     def has(self, stage):
-        """Is this stage finished, and its directory still there?"""
-        return stage in self.info["stages"] and (self.path / stage.removeprefix("pretrain ")).is_dir()
+        """Is this stage finished, and its model still there (config.json is what save() writes last)?"""
+        return stage in self.info["stages"] and (self.path / stage.removeprefix("pretrain ") / "config.json").exists()
 
     def open(self):
         """Make the directory. Fails now, and not after hours of work, where nothing can be written."""
@@ -571,6 +572,7 @@ def load_pair(slm_path, llm_path, device, dtype):
     for path in (slm_path, llm_path):
         read_config(path)                                            # before the tokenizer: it names the model type
     tokenizer, other = Tokenizer(slm_path), Tokenizer(llm_path)
+    tokenizer.end_ids |= other.end_ids
     if difference := tokenizer.difference(other):
         raise ValueError(f"{slm_path} and {llm_path} do not have the same tokenizer: {difference}")
     slm, llm = load(slm_path, device), load(llm_path, device, dtype)
@@ -584,6 +586,8 @@ def load_pair(slm_path, llm_path, device, dtype):
 def run_script(main):
     """Run a script's main(): a user's mistake or bad data ends in one line, never in a traceback."""
     name = Path(sys.argv[0]).name
+    with suppress(AttributeError):
+        sys.stdout.reconfigure(errors="replace")                     # whatever a model writes can be printed
     try:
         main()
     except WrongArguments as error:
@@ -616,7 +620,8 @@ def show(text, slm, llm, tokenizer, args, colour):
 
     start = time.perf_counter()
     rollout, = relay(slm, llm, tokenizer, [tokenizer.chat(text)], seed=args.seed, on_token=show_token,
-                     max_new_tokens=args.max_new_tokens, temperature=args.temperature)
+                     max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                     llm_temperature=args.llm_temperature)
     seconds, cost = time.perf_counter() - start, rollout.cost
     print(decoder.decode(b"", final=True) + (marks[1] if last else ""))
     calls = [call for call in rollout.calls if call.delivered]
@@ -657,6 +662,7 @@ def main():
         p.error("a question, --questions and --interactive: only one of them")
     fill_in(args, TOY if toy else REAL)
     trained = "grpo" if run.has("grpo") else "warmup"
+    args.llm_temperature = run.info["stages"].get("grpo", {}).get("llm_temperature", 0.7)     # as in training
     device, dtype = machine(args, toy)
     slm, llm, tokenizer = load_pair(args.slm or run.path / trained, args.llm or run.directory("llm"), device, dtype)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ

@@ -134,8 +134,8 @@ def check_gpus(p, args):
     there = torch.cuda.device_count()
     if args.device == "auto" and 0 < there < args.gpus:
         p.error(f"--gpus {args.gpus}: this machine has {there}")
-    if args.device.startswith("cuda") and args.gpus > 1:
-        p.error(f"--gpus {args.gpus} takes the GPUs in order; leave out --device {args.device}")
+    if args.device not in ("auto", "cpu") and args.gpus > 1:
+        p.error(f"--gpus {args.gpus} takes CUDA's GPUs in order; leave out --device {args.device}")
 
 
 def settings(args):
@@ -149,19 +149,23 @@ def progress_bar(*args, **options):
     return tqdm(*args, dynamic_ncols=True, disable=world()[0] > 0, **options)
 
 
-def write_answers(slm, llm, tokenizer, questions, args, label, keep=lambda question, rollout: rollout, **options):
+def write_answers(slm, llm, tokenizer, questions, args, label, keep=lambda question, rollout: rollout, first=0,
+                  **options):
     """relay() over questions with the script's settings and a progress bar; each process writes its share.
 
-    Returns what keep(question, rollout) makes of each, which is all that is sent to the other processes.
+    Returns what keep(question, rollout) makes of each, which is all that is held in memory and sent to the other
+    processes. first: the number that the first question draws its random numbers by.
     """
     rank, size = world()
-    mine = range(rank, len(questions), size)
-    prompts = [tokenizer.chat(questions[i].text) for i in mine]
-    with progress_bar(total=len(prompts), desc=label, unit="answer", leave=label != "check") as bar:
-        rollouts = relay(slm, llm, tokenizer, prompts, progress=bar.update, **{
-            "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "batch": args.batch,
-            "seed": [(args.seed, i) for i in mine], **options})
-    return gather([keep(questions[i], rollout) for i, rollout in zip(mine, rollouts)])
+    mine, kept = range(rank, len(questions), size), []
+    with progress_bar(total=len(mine), desc=label, unit="answer", leave=label != "check") as bar:
+        for start in range(0, len(mine), args.batch):
+            part = mine[start:start + args.batch]
+            rollouts = relay(slm, llm, tokenizer, [tokenizer.chat(questions[i].text) for i in part], **{
+                "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "progress": bar.update,
+                "seed": [(args.seed, first + i) for i in part], **options})
+            kept += [keep(questions[i], rollout) for i, rollout in zip(part, rollouts)]
+    return gather(kept)
 
 
 def training_questions(args, toy, stage, count, checks):
@@ -181,6 +185,18 @@ def training_questions(args, toy, stage, count, checks):
     if len(held_out) == len(questions):
         raise ValueError(f"{args.questions}: nothing is left to train on (a tenth is held out by a hash of the text)")
     return [q for q in questions if split_of(q.text) != "held_out"][:count], held_out[:checks]
+
+
+PROMPT = 4096     # tokens of a question at most (the paper's training)
+
+
+def short(questions, tokenizer, slm, llm):
+    """Those with a prompt of at most PROMPT tokens that leaves room for a response in both models' contexts."""
+    most = min(PROMPT, slm.config.context - 1, llm.config.context - 1)
+    kept = [q for q in questions if len(tokenizer.chat(q.text)) <= most]
+    if longer := len(questions) - len(kept):
+        print(f"left out: {longer} of {len(questions)} questions, whose prompts have over {most} tokens")
+    return kept
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,7 +316,10 @@ def supervised_step(model, optimizer, examples, known, lr, most):
         part.backward()
         loss += part.item()
     apply_gradient(model, optimizer, lr)
-    return add_up([loss], known.device)[0], total
+    loss = add_up([loss], known.device)[0]
+    if not math.isfinite(loss):
+        raise ValueError("the loss is no longer finite; try a smaller --lr")
+    return loss, total
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -459,8 +478,9 @@ def main():
         print(f"{run.path / 'warmup'} is finished; next: python grpo.py --run {run.path}")
         return
     run.info["toy"] = args.toy
-    if not args.toy:
-        for name, path in (("slm", args.slm), ("llm", args.llm)):
+    for name, path in (("slm", args.slm), ("llm", args.llm)):
+        run.info.pop(name, None)               # of a pair whose warm-up was deleted
+        if path is not None:
             read_config(path)                  # a wrong directory is named before anything is made
             run.info[name] = str(path.resolve())
     pool, check = training_questions(args, args.toy, "warmup", args.samples, args.check)
@@ -474,6 +494,7 @@ def main():
     wait_for_all()
     slm, llm, tokenizer = load_pair(run.directory("slm"), run.directory("llm"), device, frozen)
     start = time.perf_counter()
+    pool, check = short(pool, tokenizer, slm, llm), short(check, tokenizer, slm, llm)
     own = write_answers(slm, None, tokenizer, pool, args, "sample", temperature=1.0)    # its own distribution
     print(f"sampled {sum(len(r.tokens) for r in own) / (time.perf_counter() - start):,.0f} tokens/s")
     report("SLM alone", check, write_answers(slm, None, tokenizer, check, args, "before"), tokenizer)

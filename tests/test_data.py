@@ -466,6 +466,21 @@ k \\geqslant 2 | k \\ge 2 | k >= 2
 4.5e33 | 4.5 \\times 10^{33} | 4.5 \\cdot 10^{33} \\text{ erg/s}
 15\\mbox{ cm}^2 | 15 | 15\\text{ cm}^2 | 15 cm
 17.5% | 17.5\\% | 0.175
+24 | 24\\text{m} | 24\\,\\mathrm{m} | 24\\text{m}^2 | 24\\ \\mathrm{s} | 24\\,\\mathrm{m\\,s^{-1}} | 24 \\mathrm{m}/\\mathrm{s}
+45 | \\frac{90^\\circ}{2} | {45^\\circ} | 45^{\\circ}
+3000000 | 3 million | 3\\text{ million} | \\$3 million
+3/56 | \\frac{3}{56} \\approx 0.0536
+18 | \\boldsymbol{18} | \\mathbf{18} | \\underline{18} | \\emph{18} | \\textrm{18}
+(3,4) | 3,4 | x=3, y=4
+MR=SRMC | SRMC = MR
+ab | ba | a \\cdot b
+No solution | no solution
+\\sqrt{2gh} | \\sqrt{2g}\\sqrt{h}
+\\sqrt{4\\pi G r^2} | 2r\\sqrt{\\pi G}
+\\lceil n/2 \\rceil + 1 | \\lfloor (n+1)/2 \\rfloor + 1
+\\lfloor \\log_2 n \\rfloor + 1 | \\lceil \\log_2 (n+1) \\rceil
+C | \\textbf{(C)}\\ 12 | \\text{(C) } 12 | \\mathrm{(C)}\\ 12 | \\text{C. }12 | \\text{Option C}
+\\begin{pmatrix} 1 \\\\ {2} \\end{pmatrix} | \\begin{pmatrix}1\\\\{2}\\end{pmatrix} | \\begin{pmatrix}1\\\\[4pt]2\\end{pmatrix}
 """
 WRONG = """
 1/2 | 0.51 | 2 | -1/2 | 1,2 | \\frac{1}{3} | | x
@@ -486,6 +501,18 @@ C | D | (A) | Cat
 x+y=5 | 5 | x+y=6
 20.39 | 20.4
 5 | \\{5 | 5) + | 10^{10^{10}} | 1/0
+x > 2 | x \\ge 2
+k \\geqslant 2 | k > 2
+(3,4) | 4,3 | x=4, y=3
+(-2,1) | 1,-2
+MR=SRMC | P=SRMC | MC=SRMC
+x=5 | x+y=5
+3 | 3 million | 3 plus 4 | 3\\text{ thousand}
+12 | 3 4 | 1 2 | 1 \\quad 2
+\\lfloor\\frac{2n-1}{5}\\rfloor | \\lfloor n/3\\rfloor | \\lfloor 2n/5\\rfloor | \\lfloor(2n-1)/4\\rfloor
+mn-\\lfloor m/2\\rfloor | mn-\\lfloor(m+1)/2\\rfloor
+\\lfloor\\sqrt{n-1}\\rfloor | \\lfloor\\sqrt{n}\\rfloor | \\lfloor\\sqrt[3]{n-1}\\rfloor
+C | D | \\text{(D)} | C \\text{ and } D | C+D
 """
 
 
@@ -554,7 +581,11 @@ def test_random_formulas_never_raise():
 
 # where math-verify says the opposite, and ours is what is meant
 DIFFERENT = """1080 dollars | 90° | 1 4/5 | 3√13 | 7*pi | (C) 12 apples | \\frac{10}{2} = 5 | \\frac{(1-i) e^{2it}}{4}
- | \\frac{(2n)!}{n!^2} | 4.5 \\times 10^{33} | 4.5 \\cdot 10^{33} \\text{ erg/s} | 52_7 | 6 | 5"""
+ | \\frac{(2n)!}{n!^2} | 4.5 \\times 10^{33} | 4.5 \\cdot 10^{33} \\text{ erg/s} | 52_7 | 6 | 5
+ | 3 million | 3\\text{ million} | \\$3 million | 3\\text{ thousand} | \\boldsymbol{18} | \\underline{18} | \\emph{18}
+ | \\sqrt{2g}\\sqrt{h} | 2r\\sqrt{\\pi G} | \\lfloor (n+1)/2 \\rfloor + 1 | \\lceil \\log_2 (n+1) \\rceil
+ | \\textbf{(C)}\\ 12 | \\text{(C) } 12 | \\mathrm{(C)}\\ 12 | \\text{C. }12 | \\text{Option C}
+ | \\begin{pmatrix}1\\\\[4pt]2\\end{pmatrix}"""
 
 
 def test_grading_agrees_with_math_verify():

@@ -100,7 +100,7 @@ def test_the_bound_counts_the_facts_that_the_slm_lacks(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers that are kept
 
-ARGS = dict(temperature=1.0, llm_temperature=0.7, max_new_tokens=8, repeat=2, seed=1, batch=3)
+ARGS = dict(temperature=1.0, llm_temperature=0.7, max_new_tokens=8, seed=1, batch=3)
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def writer(tmp_path, monkeypatch):
         ran.clear()
         answers = Answers(tmp_path / "answers.jsonl")
         asked = [Question(text, "1") for text in ("ab", "c", "ab")]
-        rollouts, _ = answers.write("m", slm, llm, list(marks), tokenizer, asked,
+        rollouts, _ = answers.write("m", slm, llm, list(marks), tokenizer, asked, 2,
                                     SimpleNamespace(**dict(ARGS, **changes)), **options)
         return rollouts, sum(ran)
 

@@ -400,7 +400,7 @@ def test_the_filter_keeps_what_the_llm_solves_often_enough_and_asks_it_once(tmp_
     """170,000 answers of the LLM were written again by every --resume and every variant."""
     asked = []
 
-    def answers(llm, nobody, tokenizer, questions, args, label, keep, temperature):
+    def answers(llm, nobody, tokenizer, questions, args, label, keep, temperature, first):
         asked.append(len(questions))
         return [q.number >= i % args.filter_samples for i, q in enumerate(questions)]
 
@@ -418,6 +418,18 @@ def test_the_filter_keeps_what_the_llm_solves_often_enough_and_asks_it_once(tmp_
     assert choose(filter_samples=0) == [-1, 0, 1, 2, 3, 4] and asked == [24, 12]
     assert choose() == [1, 2, 3, 4] and asked == [24, 12]                                # both are kept
     assert choose(dtype=torch.bfloat16) == [1, 2, 3, 4] and asked == [24, 12, 24]        # another LLM, in effect
+    monkeypatch.setattr(grpo, "FILTERED", 4)
+
+    def killed(*args, first, **options):
+        if first:
+            raise KeyboardInterrupt
+        return answers(*args, first=first, **options)
+
+    monkeypatch.setattr(grpo, "write_answers", killed)
+    with pytest.raises(KeyboardInterrupt):
+        choose(seed=2)
+    monkeypatch.setattr(grpo, "write_answers", answers)
+    assert choose(seed=2) == [1, 2, 3, 4] and asked[3:] == [16, 8]                       # goes on after the first part
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -683,14 +695,6 @@ def test_steps_after_the_checkpoint_are_taken_off_the_metrics(tmp_path):
     file.write_text('{"step": 1}\n{"step": 2}\n{"st')
     assert grpo.earlier_metrics(file, 1) == [{"step": 1}] and file.read_text() == '{"step": 1}\n'
     assert grpo.earlier_metrics(file, 0) == [] and file.read_text() == ""
-
-
-def test_questions_that_are_too_long_are_left_out_and_counted(monkeypatch, capsys):
-    """One prompt over the context ended a run of days, when its turn came."""
-    monkeypatch.setattr(grpo, "PROMPT", 8)
-    short, long = SimpleNamespace(text="abc"), SimpleNamespace(text="abcd")       # the byte tokenizer adds 5
-    assert grpo.short([short, long, short], ByteTokenizer()) == [short, short]
-    assert "1 of 3" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the list of children from Linux's /proc")

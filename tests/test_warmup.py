@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import warmup
-from conftest import some_questions
+from conftest import ByteTokenizer, some_questions
 from model import Transformer, parse_config
 from relay import COMMAND, Rollout, without_commands
 from warmup import Example, adamw, apply_gradient, insert_commands, micro_batches, pack, supervised_step, token_logprobs
@@ -266,3 +266,14 @@ def test_the_warm_up_learns_every_token_of_an_answer_and_none_of_its_prompt(seen
     assert sorted(parts[:10]) == originals and sorted(parts[10:]) == originals
     assert any(b"<call>" in b"".join(tokenizer.token_bytes[t] for t in e.tokens) for e in seen.examples)
     assert len(seen.rates) == 6 and seen.rates == sorted(seen.rates, reverse=True) and seen.rates[-1] > 0
+
+
+def test_questions_that_leave_no_room_are_left_out_and_counted(monkeypatch, capsys):
+    """One prompt over a model's context ended a run of days, when its turn came, and again at every resume."""
+    short, long = SimpleNamespace(text="abc"), SimpleNamespace(text="abcd")       # the byte tokenizer adds 5
+    small, large = (SimpleNamespace(config=SimpleNamespace(context=n)) for n in (9, 99))
+    for pair in ((small, large), (large, small)):
+        assert warmup.short([short, long, short], ByteTokenizer(), *pair) == [short, short]
+        assert "1 of 3" in capsys.readouterr().out
+    monkeypatch.setattr(warmup, "PROMPT", 8)
+    assert warmup.short([short, long], ByteTokenizer(), large, large) == [short]
