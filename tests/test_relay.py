@@ -5,6 +5,7 @@ float64 are compared with an oracle that runs both of them over whole contexts f
 """
 import itertools
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -17,8 +18,9 @@ import pytest
 import torch
 
 import relay as relay_module
-from conftest import ByteTokenizer, Scripted, shuffled, tiny
-from model import Cache
+from conftest import ByteTokenizer, Scripted, raw_config, shuffled, tiny
+from data import Tokenizer
+from model import Cache, save
 from relay import COMMAND, Row, command, log_softmax, plain_text, relay, sample, without_commands
 
 PROMPT = b"Q: how much?\n"
@@ -781,7 +783,17 @@ def test_a_character_is_shown_when_it_is_whole_also_across_a_hand_off(capsys, co
     """Half a character is a question mark on the screen, on both sides of the hand-off."""
     tokenizer = ByteTokenizer()
     slm, llm = Scripted(tokenizer, list(b"<call>1</call>\xa9x")), Scripted(tokenizer, [0xc3])
-    args = SimpleNamespace(seed=1, max_new_tokens=40, temperature=0)
+    args = SimpleNamespace(seed=1, max_new_tokens=40, temperature=0, llm_temperature=0)
     relay_module.show("hi", slm, llm, tokenizer, args, colour)
     said = capsys.readouterr().out
     assert "\u00e9x" in said and "\ufffd" not in said and ("\033[92m" in said) == colour == ("[]" not in said)
+
+
+def test_what_ends_a_text_of_either_model_ends_a_response(tmp_path, toy_directory):
+    """Only the SLM's directory was asked; behind an end that the LLM alone knows the response went on."""
+    for name, end in (("slm", []), ("llm", [65, 66])):
+        shutil.copytree(toy_directory, tmp_path / name)
+        raw = raw_config("qwen3", vocab_size=len(Tokenizer(toy_directory).known), eos_token_id=end)
+        save(tiny("qwen3", dtype=torch.float32, **raw), tmp_path / name)
+    tokenizer = relay_module.load_pair(tmp_path / "slm", tmp_path / "llm", "cpu", torch.float32)[2]
+    assert tokenizer.end_ids == Tokenizer(tmp_path / "slm").end_ids | {65, 66}

@@ -160,6 +160,17 @@ def test_a_stage_whose_directory_was_deleted_may_be_made_again(monkeypatch, caps
     assert code == 1 and "no finished GRPO" in text
     monkeypatch.setattr(importlib.import_module("grpo"), "start_processes", lambda n: sys.exit("nothing refused"))
     assert fails(monkeypatch, capsys, "grpo", "--run", copy, named=False) == (1, "nothing refused")
+    (copy / "grpo").mkdir()                                  # made again, and killed on the way: it counted as finished
+    assert fails(monkeypatch, capsys, "grpo", "--run", copy, "--resume", named=False) == (1, "nothing refused")
+
+
+def test_a_toy_in_the_run_of_a_deleted_pair_is_a_toy(monkeypatch, capsys, tmp_path):
+    """run.json still named the real models, and the toy's warm-up went on with those."""
+    (tmp_path / "run.json").write_text(json.dumps(dict(slm="/models/s", llm="/models/l", toy=False, stages={})))
+    warmup = importlib.import_module("warmup")
+    monkeypatch.setattr(warmup, "pretrain_pair", lambda run, args: sys.exit(json.dumps(run.info)))
+    code, text = fails(monkeypatch, capsys, "warmup", "--run", tmp_path, named=False)
+    assert json.loads(text) == dict(toy=True, stages={})
 
 
 @pytest.mark.parametrize("name, flags", [("warmup", []), ("grpo", []), ("eval", []), ("relay", ["why?"])])
