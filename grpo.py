@@ -210,7 +210,7 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
     return metrics, groups
 
 
-FILTERED = 1000   # questions
+FILTERED = 1000   # questions after which filter_questions() notes how far it has come
 
 
 def filter_questions(questions, llm, tokenizer, args, file):
