@@ -645,8 +645,9 @@ def same(given, gold, depth=0):
     if tight[0] == tight[1]:
         return True
     if all(side.isalpha() and len(side) > 1 for side in tight):
-        if tight[0].lower() == tight[1].lower() or max(map(len, tight)) > 3:  # a word; ab may be a product
-            return tight[0].lower() == tight[1].lower()
+        equal = tight[0].lower() == tight[1].lower()
+        if equal or max(map(len, tight)) > 3:  # a word; ab may be a product
+            return equal
     digits = [re.fullmatch(r"\(?(\d\w*?)\)?(_\{?\d+\}?)?", side) for side in (given, gold)]
     if all(digits) and (digits[0][2] or digits[1][2]):  # 52_8, or 52 alone
         return digits[0][1] == digits[1][1] and not (digits[0][2] and digits[1][2])

@@ -87,9 +87,10 @@ class Answers:
         settings = dict(marks=marks, dtypes=[str(m.embed.weight.dtype) for m in (writer, helper) if m],
                         temperature=args.temperature, llm_temperature=args.llm_temperature,
                         max_new_tokens=args.max_new_tokens, **options)
+        chats = [tokenizer.chat(question.text) for question in questions]
         jobs = []                                 # of each answer its key, prompt and seed
         for n in range(len(questions) * repeat):
-            prompt, seed = tokenizer.chat(questions[n // repeat].text), (args.seed, n)
+            prompt, seed = chats[n // repeat], (args.seed, n)
             text = json.dumps([settings, seed, prompt], sort_keys=True)
             jobs.append((hashlib.sha256(text.encode()).hexdigest(), prompt, seed))
         missing = [job for job in jobs if job[0] not in self.records]
@@ -103,9 +104,9 @@ class Answers:
                 seconds = (time.perf_counter() - before) / len(part)
                 with open(self.path, "a", encoding="utf-8") as file:
                     for (key, _, (_, n)), r in zip(part, rollouts):
-                        self.records[key] = dict(key=key, method=method, question=n // repeat,
-                                               repeat=n % repeat, tokens=r.tokens, calls=r.calls, end=r.end,
-                                               cost=r.cost, seconds=seconds)
+                        self.records[key] = dict(key=key, method=method, question=n // repeat, repeat=n % repeat,
+                                                 tokens=r.tokens, calls=r.calls, end=r.end, cost=r.cost,
+                                                 seconds=seconds)
                         file.write(json.dumps(self.records[key]) + "\n")
         rollouts, seconds = [], 0.0
         for key, prompt, _ in jobs:

@@ -159,7 +159,8 @@ class Reader:
 
     def step(self, rows):
         """Read all that is new for `rows`. Returns them in cache order, and the logits (B, V) after each one's last."""
-        self.share_prompts([row for row in rows if self.cached[row] == 0])
+        if new := [row for row in rows if self.cached[row] == 0]:
+            self.share_prompts(new)
         goal, chunk = [len(tokens) for tokens in self.tokens], chunk_size(rows)
         while long := [row for row in rows if goal[row] - self.cached[row] > chunk]:
             self.read(long, goal, chunk)
@@ -199,7 +200,9 @@ class Reader:
 
     def drop(self, rows):
         """Forget rows that have ended, and give their part of the cache back."""
-        self.holder = {prompt: row for prompt, row in self.holder.items() if row not in rows}
+        for row in rows:
+            if self.holder.get(self.prompts[row]) == row:
+                del self.holder[self.prompts[row]]
         self.cache.drop(rows)
 
 
@@ -572,9 +575,9 @@ def load_pair(slm_path, llm_path, device, dtype):
     for path in (slm_path, llm_path):
         read_config(path)                                            # before the tokenizer: it names the model type
     tokenizer, other = Tokenizer(slm_path), Tokenizer(llm_path)
-    tokenizer.end_ids |= other.end_ids
     if difference := tokenizer.difference(other):
         raise ValueError(f"{slm_path} and {llm_path} do not have the same tokenizer: {difference}")
+    tokenizer.end_ids |= other.end_ids                               # what ends a text of either ends it
     slm, llm = load(slm_path, device), load(llm_path, device, dtype)
     for path, model in ((slm_path, slm), (llm_path, llm)):
         if model.config.vocab_size < len(tokenizer.known):
@@ -627,8 +630,8 @@ def show(text, slm, llm, tokenizer, args, colour):
     calls = [call for call in rollout.calls if call.delivered]
     again = sum(len(rollout.prompt) + call.position for call in calls)
     print(f"{len(rollout.tokens)} tokens, {sum(rollout.by_llm)} by the LLM (rho {rollout.rho:.1%}) in {len(calls)} "
-          f"call{'s' * (len(calls) != 1)}; "
-          f"{len(rollout.tokens) / seconds:.0f} tokens/s; the LLM read {cost['llm_prefill']} tokens "
+          f"call{'s' * (len(calls) != 1)}; {len(rollout.tokens) / seconds:.0f} tokens/s; "
+          f"the LLM read {cost['llm_prefill']} tokens "
           f"(sending the whole context at each call: about {again})")
 
 
