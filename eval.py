@@ -338,8 +338,9 @@ class Table:
 
     def __init__(self, paths, device, dtype, questions, answers, args):
         """paths: {name: model directory}, at least slm and llm."""
-        self.paths, self.device, self.questions, self.answers, self.args = paths, device, questions, answers, args
-        slm, llm, self.tokenizer = load_pair(paths["slm"], paths["llm"], device, dtype)
+        self.paths, self.questions, self.answers, self.args = paths, questions, answers, args
+        self.device, self.dtype = device, dtype
+        slm, llm, self.tokenizer = load_pair(paths["slm"], paths["llm"], device, dtype, dtype)
         self.models, self.marks = dict(slm=slm, llm=llm), {}
         self.rows, self.right = {}, {}                         # of each method; right: a share for each question
 
@@ -348,7 +349,7 @@ class Table:
         if name not in self.models:
             for other in self.models.keys() - {"slm", "llm"}:
                 del self.models[other]
-            self.models[name] = load(self.paths[name], self.device)
+            self.models[name] = load(self.paths[name], self.device, self.dtype)
         if name not in self.marks:
             self.marks[name] = fingerprint(self.paths[name])
         return self.models[name]

@@ -561,7 +561,8 @@ def main():
     device, frozen = machine(args, run.toy)
     join_processes(device)
     rank, _ = world()
-    policy, llm, tokenizer = load_pair(folder or source, args.llm or run.directory("llm"), device, frozen)
+    policy, llm, tokenizer = load_pair(folder or source, args.llm or run.directory("llm"), device,
+                                       torch.float32, frozen)
     policy.checkpointing = args.checkpointing
     reference = load(source, device)
     optimizer = adamw(policy, args.lr)

@@ -470,7 +470,8 @@ def parser(description, example):
     g.add_argument("--batch", type=positive(int), default=256, metavar="ROWS", help="roll-outs decoded at once (256)")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
     g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-                   help="of the LLM (auto: bfloat16 where the hardware has it); the SLM is in float32")
+                   help="of frozen models (auto: bfloat16 where the hardware has it, but float32 for the toy); what is "
+                        "trained, and its reference, are in float32")
     return p
 
 
@@ -552,7 +553,7 @@ def small_models():
 
 
 def machine(args, toy=False):
-    """(device, dtype of the LLM) that --device and --dtype ask for."""
+    """(device, dtype of the models that are not trained) that --device and --dtype ask for; the toy's is float32."""
     if toy:
         small_models()
     device = args.device
@@ -564,21 +565,23 @@ def machine(args, toy=False):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {device} is not to be had on this machine; try --device cpu") from None
+    if device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")       # TF32: factors of 10 bits, sums in float32; many times as fast
     if args.dtype != "auto":
         return device, getattr(torch, args.dtype)
     native = device.startswith("cuda") or device == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return device, torch.bfloat16 if native else torch.float32
+    return device, torch.bfloat16 if native and not toy else torch.float32
 
 
-def load_pair(slm_path, llm_path, device, dtype):
-    """(SLM in float32, LLM in `dtype`, their tokenizer). A pair that does not read the same tokens is refused."""
+def load_pair(slm_path, llm_path, device, slm_dtype, llm_dtype):
+    """(SLM, LLM, their tokenizer). A pair that does not read the same tokens is refused."""
     for path in (slm_path, llm_path):
         read_config(path)                                            # before the tokenizer: it names the model type
     tokenizer, other = Tokenizer(slm_path), Tokenizer(llm_path)
     if difference := tokenizer.difference(other):
         raise ValueError(f"{slm_path} and {llm_path} do not have the same tokenizer: {difference}")
     tokenizer.end_ids |= other.end_ids                               # what ends a text of either ends it
-    slm, llm = load(slm_path, device), load(llm_path, device, dtype)
+    slm, llm = load(slm_path, device, slm_dtype), load(llm_path, device, llm_dtype)
     for path, model in ((slm_path, slm), (llm_path, llm)):
         if model.config.vocab_size < len(tokenizer.known):
             raise ValueError(f"{path}: {model.config.vocab_size} embeddings for {len(tokenizer.known)} token ids")
@@ -667,7 +670,8 @@ def main():
     trained = "grpo" if run.has("grpo") else "warmup"
     args.llm_temperature = run.info["stages"].get("grpo", {}).get("llm_temperature", 0.7)     # as in training
     device, dtype = machine(args, toy)
-    slm, llm, tokenizer = load_pair(args.slm or run.path / trained, args.llm or run.directory("llm"), device, dtype)
+    slm, llm, tokenizer = load_pair(args.slm or run.path / trained, args.llm or run.directory("llm"), device, dtype,
+                                    dtype)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     if args.interactive:
         questions = iter(lambda: input("question> " if sys.stdin.isatty() else ""), None)

@@ -795,5 +795,13 @@ def test_what_ends_a_text_of_either_model_ends_a_response(tmp_path, toy_director
         shutil.copytree(toy_directory, tmp_path / name)
         raw = raw_config("qwen3", vocab_size=len(Tokenizer(toy_directory).known), eos_token_id=end)
         save(tiny("qwen3", dtype=torch.float32, **raw), tmp_path / name)
-    tokenizer = relay_module.load_pair(tmp_path / "slm", tmp_path / "llm", "cpu", torch.float32)[2]
+    tokenizer = relay_module.load_pair(tmp_path / "slm", tmp_path / "llm", "cpu", torch.float32, torch.float32)[2]
     assert tokenizer.end_ids == Tokenizer(tmp_path / "slm").end_ids | {65, 66}
+
+
+def test_frozen_models_are_in_bfloat16_where_the_hardware_has_it_but_never_the_toy(monkeypatch):
+    """The toy's answers hung on the machine: the README's figures are float32's."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    args = SimpleNamespace(device="cpu", dtype="auto")
+    assert relay_module.machine(args)[1] == torch.bfloat16
+    assert relay_module.machine(args, toy=True)[1] == torch.float32
