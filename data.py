@@ -484,6 +484,7 @@ def read_question(row):
     """One row of a benchmark file to a Question; ValueError says what the row lacks."""
     if not isinstance(row, dict):
         raise ValueError(f"a {type(row).__name__} where an object belongs")
+    row = {key.lower(): value for key, value in row.items()}  # AIME 2024 writes Problem and Answer
     problem = first(row, "problem", "question", "prompt")
     if isinstance(problem, list):  # chat messages
         said = [m.get("content") for m in problem if isinstance(m, dict) and m.get("role") == "user"]
@@ -493,10 +494,10 @@ def read_question(row):
     # DAPO-Math-17k asks for "Answer: ..." around its problem; we ask for \boxed{}
     wrapper = r"Solve the following math problem step by step\..*?\n\n(.*?)\n\nRemember to put your answer on its own.*"
     problem = re.sub(rf"^{wrapper}$", r"\1", problem, flags=re.S)
-    if isinstance(row.get("context"), str):  # OlympiadBench
+    if isinstance(row.get("context"), str) and row["context"]:  # OlympiadBench
         problem = row["context"] + "\n" + problem
 
-    answer = first(row, "answer", "final_answer", "expected_answer", "ground_truth")
+    answer = first(row, "answer_letter", "answer", "final_answer", "expected_answer", "ground_truth")
     if answer is None and isinstance(row.get("reward_model"), dict):
         answer = row["reward_model"].get("ground_truth")
     if answer is None and isinstance(row.get("solution"), str):
@@ -509,11 +510,11 @@ def read_question(row):
         problem += "".join(f"\n({letter}) {option}" for letter, option in zip(letters, options))
         index = row.get("answer_index") if answer is None else answer
         answer = letters[index] if type(index) is int and 0 <= index < len(letters) else index
-    if type(answer) not in (str, int, float) or not str(answer).strip():
+    gold = str(answer).rsplit("####")[-1].strip()  # GSM8K: reasoning, then the number
+    if type(answer) not in (str, int, float) or not gold:
         raise ValueError("no answer under answer, final_answer, reward_model.ground_truth or in a solution's \\boxed{}")
-    answer = str(answer).rsplit("####")[-1]  # GSM8K: reasoning, then the number
     kind = first(row, "subject", "subfield", "category", "type", "data_source")
-    return Question(f"{problem}\n{INSTRUCTION}", answer.strip(), str(kind or ""))
+    return Question(f"{problem}\n{INSTRUCTION}", gold, str(kind or ""))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -527,13 +528,14 @@ def grade(response, answer):
     gold, given = tidy(answer), last_boxed(response)
     if choice := re.fullmatch(r"\(?([A-J])\)?", gold):  # multiple choice: "C", "(C)" and "(C) 12 apples" all say C
         plain = re.sub(r"\\[a-zA-Z]+\s*|[{}$*\\]", "", given or "").strip()
-        said = re.match(r"(?:(?i:option|choice)\s+)?\(?([A-J])\)?(?![\w')])(?!\s*(?:,|\+|and|or)\s*\(?[A-J]\b)", plain)
+        said = re.match(r"(?:(?i:option|choice)\s+)?\(?([A-J])\)?(?![\w')])"
+                        r"(?!\s*(?:[,;/&+]|and|or)\s*\(?[A-J]\b)", plain)  # A, but not A and B
         for found in re.finditer(r"\(([A-J])\)|(?i:answer|option|choice)(?: is)?:?[\s*$(]+([A-J])\b",
-                                 response if given is None else ""):
+                                 response if given is None else "" if said else plain):
             said = found
         return said is not None and choice[1] in said.groups()
     if given is None:
-        for number in NUMBER.finditer(response):
+        for number in NUMBER.finditer(response.replace("\u2212", "-")):
             given = number[0]
     try:
         return given is not None and same(tidy(given), gold)
@@ -544,8 +546,10 @@ def grade(response, answer):
 def last_boxed(text):
     """What stands in the last \\boxed{...} that is closed, nested braces included; None without one. One pass."""
     found, open_braces = None, []
-    for brace in re.finditer(r"\\\\(?!boxed|fbox)|\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]", text):
-        if brace[0] == "}" and open_braces:
+    for brace in re.finditer(r"\\\\(?!boxed|fbox)|\\(?:boxed|fbox)\s*\{|\\boxed\s+(\d+)|\\[{}]|[{}]", text):
+        if brace[1]:  # \boxed 5
+            found = slice(*brace.span(1))
+        elif brace[0] == "}" and open_braces:
             start = open_braces.pop()
             found = slice(start, brace.start()) if start else found
         elif brace[0] == "{" or len(brace[0]) > 2:
@@ -553,7 +557,7 @@ def last_boxed(text):
     return text[found] if found else None
 
 
-NUMBER = re.compile(r"(?:(?<![\w)}])-)?(?:\\[dtc]?frac(?:\{\d+\}\{\d+\}|\d\d)"
+NUMBER = re.compile(r"(?<![\^\d])(?<!\^\{)(?:(?<![\w)}])-)?(?:\\[dtc]?frac(?:\{\d+\}\{\d+\}|\d\d)"
                     r"|\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d*\.?\d+)(?:\.\d+)?(?:/\d+)?%?)")
 FUNCTIONS = {
     "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "arcsin": cmath.asin, "arccos": cmath.acos,
@@ -564,15 +568,17 @@ CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j}
 NAMES = "|".join(sorted([*FUNCTIONS, "pi"], key=len, reverse=True))
 WORDS = r"\\(?:text|textrm|textbf|textit|emph|mbox|mathrm|operatorname)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 UNITS = (r"(?:[ckm]m|kg|ml|mph|ft|dollars|cents|degrees|hours|minutes|min|seconds|inches)\b"
-         rf"|\s(?!{NAMES}|plus|minus|times)[A-Za-z]{{3,}}")
+         rf"|\s(?!(?:{NAMES}|plus|minus|times)\b)[A-Za-z]{{3,}}|\s(?:lb|oz|hr|mi|in|am|pm|sq)\b")
 SCALES = {"hundred": "*10^2", "thousand": "*10^3", "million": "*10^6", "billion": "*10^9"}
 TIDY = [(re.compile(pattern), new) for pattern, new in (
     (r"\s+", " "),  # first: some of what follows would take cubic time in spaces
     (r"^\s*\\boxed\s*\{(.*)\}\s*$", r"\1"), (r",\\!\s*|\{,\}", ""),  # thousands: 10,\!080
-    (r"\\(?:left|right)(?![a-z])\.?|\\(?:[bB]igg?[lr]?|displaystyle|q?quad|limits)(?![a-zA-Z])|\\[,!;:]", ""),
+    (r"\\(?:left|right)(?![a-z])\.?|\\(?:[bB]igg?[lr]?|displaystyle|[lL]arge|q?quad|limits)(?![a-zA-Z])|\\[,!;:]", ""),
     (r"\\?\$|[£€]|\*\*$|^\*\*|\^?\s*\{\s*\\(?:circ|degree)\s*\}|\^?\s*\\(?:circ|degree)(?![a-z])"
      r"|[°º]|\bnp\.|\bmath\.|\\(?:boldsymbol|mathbf|mathsf|bm|underline)\s*(?=\{)", ""),
-    (r"\\\\\[\w+\]", r"\\\\"), (r"^\s*(?:[a-zA-Z]\w*)?\s*\\approx|\s*\\approx.*$", ""),
+    (r"\\\\\[\w+\]", r"\\\\"), (r"[(\[]?\s*\\begin\{(?:array\}\{[^{}]*|matrix)\}", r"\\begin{pmatrix}"),
+    (r"\\end\{(?:array|matrix)\}\s*[)\]]?", r"\\end{pmatrix}"),
+    (r"^\s*(?:[a-zA-Z]\w*)?\s*\\approx|\s*\\approx.*$", ""),
     (r"(?<!\\)\\ |~", " "), (r" +", " "), (r"\\%", "%"), (r"[−–]", "-"),
     (r"π", r"\\pi "), (r"√", r"\\sqrt "), (r"∞", r"\\infty "),
     (r"\\geq(?:slant)?(?![a-z])|≥|>=", r"\\ge "), (r"\\leq(?:slant)?(?![a-z])|≤|<=", r"\\le "),
@@ -582,7 +588,9 @@ TIDY = [(re.compile(pattern), new) for pattern, new in (
     (rf"(?<=\d)\s*({'|'.join(SCALES)})\b", lambda scale: SCALES[scale[1]]),
     (rf"(?<=[\d}}])\s*(?:{UNITS}).*$", ""),
     (r"(?<![\d.,(\[])(?<!\\\{)(\d{1,3}(?:,\d{3})+)(?![\d,])", lambda number: number[1].replace(",", "")),
-    (r"_\{(\w)\}", r"_\1"), (r"^\s*[a-zA-Z]\s*\\in(?![a-z])|(?:[\s./]|\\cdot)+$|^\s+", ""))]
+    (r"_\{(\w|\\[a-zA-Z]+)\}", r"_\1"), (r"\{(\w+)\}(?=_)", r" \1"), (r"'", r"^{\\prime}"), (r"×", r"\\times "),
+    (r"\\frac\s*\{\s*\}\s*\{\s*\}", ""), (r"\\[lr]?vert(?![a-z])", "|"), (r"(?<![a-zA-Z\\])([a-zA-Z])\(0\)", r"\1_0"),
+    (r"^\s*(?:[a-zA-Z]|\([^()]*\))\s*\\in(?![a-z])\s*|(?:[\s./]|\\cdot)+$|^\s+", ""))]
 
 
 def word(found):
@@ -590,8 +598,8 @@ def word(found):
     text = found[1].strip()
     before = found.string[:found.start()][-9:]
     unit = text in "mgsNJWKVALCFTh" and re.search(r"[\d}](?:\\[,;: ]|\\cdot|[~ /])*$", before)
-    if text in ("and", "or", *SCALES):
-        return f" {text} "
+    if text.strip(", ") in ("and", "or", *SCALES):
+        return f" {text.strip(', ')} "
     return text if re.fullmatch(NAMES + "|[A-Za-z]", text) and not unit else found[0]
 
 
@@ -599,6 +607,7 @@ def tidy(text):
     """One spelling for what may be spelled in many ways: LaTeX's spacing, units, degrees, thousands, mixed numbers."""
     if len(text) > 1000:
         return text
+    text = re.sub(r"_\s*(?:\{\s*" + WORDS + r"\s*\}|" + WORDS + ")", lambda index: f"_{{{index[1] or index[2]}}}", text)
     text = re.sub(WORDS, word, text)
     bare = re.sub(WORDS + r"(\s*\^\s*\{?-?\d\}?)?", "", text)  # without its words, which are units unless they are all
     text = bare if re.search(r"[^\W_]", bare) else re.sub(WORDS, r" \1 ", text)
@@ -623,7 +632,7 @@ def split_outside(text, mark):
 def items(text):
     """(brackets, parts) of a tuple, an interval or a matrix; ("", parts) of a list or a set: their order is nothing."""
     if matrix := re.fullmatch(r"\\begin\{([a-z]?matrix)\}(.*)\\end\{\1\}", text):
-        return "matrix", [cell for row in matrix[2].split(r"\\") for cell in (*row.split("&"), "row")]
+        return "matrix", [cell for row in matrix[2].rstrip(" \\").split(r"\\") for cell in (*row.split("&"), "row")]
     text = text[2:-2] if text.startswith("\\{") and text.endswith("\\}") else text
     parts = split_outside(text, r"\\cup(?![a-z])")
     parts = parts if len(parts) > 1 else [part for part in split_outside(text, "[,;]") if part]
@@ -650,7 +659,8 @@ def same(given, gold, depth=0):
             return equal
     digits = [re.fullmatch(r"\(?(\d\w*?)\)?(_\{?\d+\}?)?", side) for side in (given, gold)]
     if all(digits) and (digits[0][2] or digits[1][2]):  # 52_8, or 52 alone
-        return digits[0][1] == digits[1][1] and not (digits[0][2] and digits[1][2])
+        bases = {side[2].strip("_{}") for side in digits if side[2]}
+        return digits[0][1] == digits[1][1] and len(bases) == 1
     for mark in (r"\\ge(?![a-z])", r"\\le(?![a-z])", ">", "<"):
         a, b = split_outside(given, mark), split_outside(gold, mark)
         if len(a) == len(b) > 1:
@@ -669,7 +679,8 @@ def same(given, gold, depth=0):
     if len(a) != len(b) or len(a) > 64:
         return False
     if open_b or open_a == "matrix":  # (3, 4) may be given as 3, 4
-        return open_a in ("", open_b) and all(same(x.strip(), y.strip(), depth + 1) for x, y in zip(a, b))
+        alike = open_a == open_b or (open_a, open_b) == ("", "()")
+        return alike and all(same(x.strip(), y.strip(), depth + 1) for x, y in zip(a, b))
     for x in a:
         found = next((n for n, y in enumerate(b) if same(x, y, depth + 1)), None)
         if found is None:
@@ -693,8 +704,10 @@ def same_value(given, gold):
         a, b = evaluate(given, point), evaluate(gold, point)
         if a is None or b is None:
             return False
-        if isinstance(a, Fraction) and isinstance(b, Fraction) and "." not in given + gold and a != b:
-            return False
+        if isinstance(a, Fraction) and isinstance(b, Fraction) and (a == b or "." not in given + gold):
+            if a != b:
+                return False
+            continue
         gap, size = abs(complex(a) - complex(b)), abs(complex(b))
         if not gap <= max(1e-9 * size, min(5e-7, 2e-6 * size)):  # nan is equal to nothing
             return False
@@ -799,7 +812,7 @@ class Formula:
             return Fraction(math.floor(x + 1e-12) if name == "lfloor" else math.ceil(x - 1e-12))
         if name == "frac":
             return self.atom() / self.atom()
-        if name == "binom":
+        if name in ("binom", "dbinom", "tbinom"):
             n, k = self.atom(), self.atom()
             return factorial(n) / factorial(k) / factorial(n - k)
         if name in FUNCTIONS:
@@ -817,6 +830,8 @@ class Formula:
         index = self.group({"]"}) if name == "sqrt" and self.take({"["}) else Fraction(2)
         base = self.atom() if name == "log" and self.take({"_"}) else math.e
         exponent = self.factor() if self.take({"^"}) else Fraction(1)  # sin^2 x
+        if exponent == -1 and "arc" + name in FUNCTIONS:
+            name, exponent = "arc" + name, Fraction(1)
         if name == "sqrt":
             return power(power(self.atom(), 1 / index), exponent)
         bracket = self.tokens[self.at] in ("(", "[", "{")

@@ -37,7 +37,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-X86 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+X86 = (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+       and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"))     # private: another release may not have it
 FAMILIES = ("qwen3", "qwen2", "llama")  # the model_type values of config.json that this transformer covers
 
 
@@ -241,12 +242,13 @@ def prepack(model, free=False):
     from a model that learns calls forget() with what this returns. free=True is for one that does not learn: the
     originals are freed.
     """
-    packed = []
+    packed, dtype = [], model.embed.weight.dtype
+    if not X86 or model.embed.weight.device.type != "cpu" or not (
+            dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return packed
     for matrix in model.matrices():
         weight = matrix.weight
-        fast = weight.dtype == torch.float32 or (
-            weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        if X86 and fast and weight.device.type == "cpu" and weight.numel() > 2**16 and not hasattr(weight, "packed"):
+        if weight.numel() > 2**16 and not hasattr(weight, "packed"):
             weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
             packed.append(weight)
             if free and matrix is not model.embed:         # whose rows are still looked up

@@ -300,9 +300,9 @@ def relay(slm, llm, tokenizer, prompts, *, max_new_tokens, temperature=0.7, seed
     batch: rows decoded at once (default: all). on_token(row, token, by_llm) sees tokens as they are written;
     progress(n) hears of n finished rows.
     """
-    seeds = [(int(seed), i) for i in range(len(prompts))] if np.ndim(seed) == 0 else list(seed)
-    if len(seeds) != len(prompts):
-        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
+    seeds = [(seed, i) for i in range(len(prompts))] if isinstance(seed, (int, np.integer)) else list(seed)
+    if len(seeds) != len(prompts) or not 0 < top_p <= 1:
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts, top_p {top_p}: one seed each, above 0 to 1")
     context = min(model.config.context for model in (slm, llm) if model is not None)
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) < context:
@@ -339,6 +339,8 @@ def relay_batch(slm, llm, tokenizer, rows, *, tell, progress, temperature, llm_t
         """One step of a model for the rows whose turn it is: rows in cache order, log-probabilities, sampled ids."""
         order, logits = reader.step(turn)
         logprobs = log_softmax(logits, known, temperature)
+        if logprobs[:, 0].isnan().any():                   # then all of the row is: nothing could be sampled from it
+            raise ValueError("a model's logits are not finite at this --temperature and --dtype (float16 overflows)")
         if banned is not None:
             opening = banned[[begun(rows[r].tail) for r in order]]                 # (B, N)
             logprobs = torch.log_softmax(logprobs.masked_fill(opening, -torch.inf), dim=-1)
@@ -556,7 +558,7 @@ def machine(args, toy=False):
     """(device, dtype of the models that are not trained) that --device and --dtype ask for; the toy's is float32."""
     if toy:
         small_models()
-    device = args.device
+    device = "cpu" if toy and args.device == "auto" else args.device       # so small a model waits for a GPU
     if device == "auto":
         alone = os.environ.get("WORLD_SIZE", "1") == "1"             # processes cannot share a Mac's GPU
         device = "mps" if torch.backends.mps.is_available() and alone else "cpu"
@@ -569,7 +571,7 @@ def machine(args, toy=False):
         torch.set_float32_matmul_precision("high")       # TF32: factors of 10 bits, sums in float32; many times as fast
     if args.dtype != "auto":
         return device, getattr(torch, args.dtype)
-    native = device.startswith("cuda") or device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    native = device.startswith("cuda") or device == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     return device, torch.bfloat16 if native and not toy else torch.float32
 
 
@@ -594,6 +596,7 @@ def run_script(main):
     name = Path(sys.argv[0]).name
     with suppress(AttributeError):
         sys.stdout.reconfigure(errors="replace")                     # whatever a model writes can be printed
+        sys.stdin.reconfigure(errors="replace")                      # and whatever is piped in be read
     try:
         main()
     except WrongArguments as error:
@@ -621,21 +624,27 @@ def show(text, slm, llm, tokenizer, args, colour):
         if by_llm != last:
             print(marks[0] if by_llm else marks[1], end="")
         last = by_llm
-        if token not in tokenizer.end_ids:
-            print(decoder.decode(tokenizer.token_bytes[token]), end="", flush=True)
+        if token not in tokenizer.end_ids:                        # no bells, no clearing of the screen
+            written = re.sub(r"[^\t\n\x20-\x7e\xa0-\U0010ffff]", "\ufffd", decoder.decode(tokenizer.token_bytes[token]))
+            print(written, end="", flush=True)
 
     start = time.perf_counter()
-    rollout, = relay(slm, llm, tokenizer, [tokenizer.chat(text)], seed=args.seed, on_token=show_token,
-                     max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                     llm_temperature=args.llm_temperature)
-    seconds, cost = time.perf_counter() - start, rollout.cost
-    print(decoder.decode(b"", final=True) + (marks[1] if last else ""))
-    calls = [call for call in rollout.calls if call.delivered]
-    again = sum(len(rollout.prompt) + call.position for call in calls)
+    try:
+        rollout, = relay(slm, llm, tokenizer, [tokenizer.chat(text)], seed=args.seed, on_token=show_token,
+                         max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                         llm_temperature=args.llm_temperature)
+    finally:                                                      # also where Ctrl-C has stopped it
+        print(decoder.decode(b"", final=True) + (marks[1] if last else ""))
+    seconds, calls = time.perf_counter() - start, [call for call in rollout.calls if call.delivered]
+    again, context, since = 0, len(rollout.prompt), 0             # the LLM's context at each call, all of it sent
+    for call in calls:
+        context += len(without_commands(rollout.tokens[since:call.position], tokenizer))
+        again += context + call.delivered - 1                     # its own last token it reads only with what follows
+        context, since = context + call.delivered, call.position + call.delivered
     print(f"{len(rollout.tokens)} tokens, {sum(rollout.by_llm)} by the LLM (rho {rollout.rho:.1%}) in {len(calls)} "
           f"call{'s' * (len(calls) != 1)}; {len(rollout.tokens) / seconds:.0f} tokens/s; "
-          f"the LLM read {cost['llm_prefill']} tokens "
-          f"(sending the whole context at each call: about {again})")
+          f"the LLM read {rollout.cost['llm_prefill'] + rollout.cost['llm_decode']} tokens "
+          f"(sending the whole context at each call: {again})")
 
 
 TOY = dict(temperature=0.7, max_new_tokens=96)
@@ -646,7 +655,7 @@ def piped(wait):
     """The text on standard input, "" if none is piped in. wait=False: only if it is there already."""
     with suppress(OSError):                    # Windows, where one cannot look without waiting
         if sys.stdin and not sys.stdin.isatty() and (wait or select.select([sys.stdin], [], [], 0)[0]):
-            return sys.stdin.read()
+            return sys.stdin.read().strip()
     return ""
 
 
@@ -674,7 +683,7 @@ def main():
                                     dtype)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     if args.interactive:
-        questions = iter(lambda: input("question> " if sys.stdin.isatty() else ""), None)
+        questions = iter(lambda: input("question> " if sys.stdin.isatty() else "").strip(), None)
     elif args.questions:
         questions = [q.text.removesuffix(f"\n{INSTRUCTION}") for q in load_questions(args.questions, args.limit)]
     elif args.question is not None:
@@ -691,7 +700,7 @@ def main():
                 if not args.interactive or not sys.stdin.isatty():   # else it has just been typed
                     print(text)
                 show(text if toy else f"{text}\n{INSTRUCTION}", slm, llm, tokenizer, args, colour)
-            except ValueError as error:
+            except (ValueError, KeyboardInterrupt) as error:
                 if not args.interactive:                             # where the next question may be fine
                     raise
                 print(error)

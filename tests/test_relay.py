@@ -805,3 +805,51 @@ def test_frozen_models_are_in_bfloat16_where_the_hardware_has_it_but_never_the_t
     args = SimpleNamespace(device="cpu", dtype="auto")
     assert relay_module.machine(args)[1] == torch.bfloat16
     assert relay_module.machine(args, toy=True)[1] == torch.float32
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")      # as in another release
+    assert relay_module.machine(args)[1] == torch.float32
+
+
+def shown(capsys, script, told, **more):
+    """What show() prints of a scripted pair."""
+    tokenizer = ByteTokenizer()
+    args = SimpleNamespace(**dict(seed=1, max_new_tokens=80, temperature=0, llm_temperature=0) | more)
+    relay_module.show("hi", Scripted(tokenizer, script), Scripted(tokenizer, told), tokenizer, args, colour=True)
+    return capsys.readouterr().out
+
+
+def test_the_last_line_says_what_sending_the_whole_context_would_cost(capsys):
+    """It counted the commands, which no context of the LLM holds, and forgot the LLM's own tokens."""
+    said = shown(capsys, list(b"ab<call>3</call>c<call>2</call>d"), list(b"12345"))
+    prompt = len(ByteTokenizer().chat("hi"))
+    first, second = prompt + 2 + 2, prompt + 2 + 3 + 1 + 1            # of what a call delivers the last is not read
+    assert f"the LLM read {second} tokens (sending the whole context at each call: {first + second})" in said
+
+
+def test_a_model_cannot_clear_the_screen_nor_fake_the_colour(capsys):
+    """Whatever a model writes is data, for the terminal too."""
+    said = shown(capsys, list(b"a\x1b[92mb\x07\x0e\n\tc"), [])
+    assert "a\ufffd[92mb\ufffd\ufffd\n\tc" in said and "\x1b" not in said
+
+
+def test_an_answer_that_is_stopped_leaves_no_colour_behind(capsys, monkeypatch):
+    """Ctrl-C within the LLM's text left the terminal green."""
+    def stopped(*_, on_token, **__):
+        on_token(0, 97, True)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(relay_module, "relay", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        shown(capsys, [], [])
+    assert capsys.readouterr().out.endswith("a\033[0m\n")
+
+
+def test_nothing_is_sampled_from_numbers_that_are_not_finite():
+    """NaN gave the last id of the vocabulary, in silence; so does a top-p of 0."""
+    slm, llm = tiny("qwen3"), tiny("llama", vocab_size=40)
+    tokenizer = ByteTokenizer(40)
+    for options in (dict(top_p=0.0), dict(temperature=1e-320)):
+        with pytest.raises(ValueError, match="top_p|not finite"):
+            relay(slm, llm, tokenizer, [[1, 2]], max_new_tokens=3, **options)
+    slm.norm.weight.data[0] = torch.nan
+    for temperature in (0, 1.0):
+        with pytest.raises(ValueError, match="not finite"):
+            relay(slm, llm, tokenizer, [[1, 2]], max_new_tokens=3, temperature=temperature)

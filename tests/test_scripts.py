@@ -225,10 +225,10 @@ def test_the_table_takes_every_variant_of_the_run(monkeypatch, capsys, run, tmp_
 def test_one_bad_question_does_not_end_an_interactive_session(monkeypatch, capsys, run):
     """Both models would have to be loaded again."""
     monkeypatch.setattr(sys, "argv", ["relay.py", "--run", str(run[0]), "--max-new-tokens", "5", "--interactive"])
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Who?\n" + "why? " * 1000 + "\nWhen?\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who?\n" + "why? " * 1000 + "\n  When?\r\n"))
     run_script(relay_module.main)
     said = capsys.readouterr().out
-    assert said.count("by the LLM") == 2 and "context holds" in said
+    assert said.count("by the LLM") == 2 and "context holds" in said and "\nWhen?\n" in said
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
