@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import relay as relay_module
-from grpo import PAPER, advantages, hours_needed, memory_needed, rewards
+from grpo import PAPER, advantages, memory_needed, rewards
+from hours import hours_needed
 from model import Config
 from relay import run_script
 
