@@ -18,7 +18,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -315,9 +314,9 @@ def arguments():
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: a new directory each, made good by replacing one small file last (skip it on a first reading)
 
-def save_checkpoint(out, step, policy, optimizer, source, settings):
-    """Write the state after `step`, then make it the one to go on from, then delete the one before."""
-    folder = out / f"checkpoint-{step}"
+def save_checkpoint(out, history, policy, optimizer, source, settings):
+    """Write the state after the steps of `history`, then make it the one to go on from, then delete the one before."""
+    folder = out / f"checkpoint-{len(history)}"
     shutil.rmtree(folder, ignore_errors=True)          # half of one, from a run that was killed
     save(policy, folder, source)
     try:
@@ -325,24 +324,24 @@ def save_checkpoint(out, step, policy, optimizer, source, settings):
     except RuntimeError as error:                      # how torch.save() says that the disk is full
         raise ValueError(f"{folder}: cannot be written ({str(error).splitlines()[0]}); the checkpoint before it is "
                          "kept") from None
-    write_json(out / "checkpoint.json", dict(step=step, folder=folder.name, settings=settings))
+    write_json(out / "checkpoint.json", dict(settings=settings, history=history))
     for old in out.glob("checkpoint-*"):
         if old != folder:
             shutil.rmtree(old)
 
 
 def last_checkpoint(out, settings):
-    """(steps done, directory of the model) of the last checkpoint; (0, None) if there is none."""
+    """(metrics of the steps done, directory of the model) of the last checkpoint; ([], None) if there is none."""
     if not (out / "checkpoint.json").exists():
-        return 0, None
+        return [], None
     state = read_json(out / "checkpoint.json")
-    step, folder, there = (state.get(key) for key in ("step", "folder", "settings"))
-    if type(step) is not int or folder != f"checkpoint-{step}" or not isinstance(there, dict):
+    there, history = state.get("settings"), state.get("history")
+    if not isinstance(there, dict) or not isinstance(history, list) or not all(isinstance(m, dict) for m in history):
         raise ValueError(f"{out / 'checkpoint.json'}: not a checkpoint of this program")
     if difference := differing(there, settings):
         raise ValueError(f"{out}: its checkpoint was made with {difference}; resume with the same settings, or choose "
                          "another --run")
-    return step, out / folder
+    return history, out / f"checkpoint-{len(history)}"
 
 
 def load_optimizer(optimizer, file):
@@ -417,39 +416,28 @@ def held_out_check(questions, policy, llm, tokenizer, args):
     return dict(zip(("eval_accuracy", "eval_call_rate", "eval_rho"), shares(questions, rollouts, tokenizer)))
 
 
-def earlier_metrics(file, done):
-    """The lines of the steps that the checkpoint holds; those after it are taken off the file, and done again."""
-    lines = file.read_text(encoding="utf-8").splitlines()[:done] if done else []
-    if len(lines) < done:
-        raise ValueError(f"{file} has {len(lines)} of the checkpoint's {done} steps")
-    try:
-        history = [dict(json.loads(line)) for line in lines]
-    except (TypeError, ValueError):
-        raise ValueError(f"{file} is damaged: a line up to step {done} is no JSON object") from None
-    write_beside(file, lambda out: out.write("".join(f"{line}\n" for line in lines).encode()))
-    return history
+def train(history, questions, held_out, policy, reference, llm, tokenizer, optimizer, signals, keep, log, args):
+    """Steps until args.steps are done or a signal asks to stop. The metrics of each are appended to `history`.
 
-
-def train(done, questions, held_out, policy, reference, llm, tokenizer, optimizer, signals, keep, log, args):
-    """Steps until args.steps are done or a signal asks to stop; returns how many are.
-
-    keep(step) writes a checkpoint; log(metrics) takes a step's line, and returns all lines so far.
+    log(metrics) writes a step's line; keep() writes a checkpoint.
     """
     device = policy.embed.weight.device
     known = torch.tensor(tokenizer.known, device=device)
-    step, bad, told = done, 0, None
-    stream = itertools.islice(endless(questions, args.seed), done * args.questions_per_step, None)
-    bar = progress_bar(total=args.steps, initial=done, desc="GRPO", unit="step")
+    bad, told = 0, None
+    stream = itertools.islice(endless(questions, args.seed), len(history) * args.questions_per_step, None)
+    bar = progress_bar(total=args.steps, initial=len(history), desc="GRPO", unit="step")
     try:
-        while step < args.steps and not add_up([signals.asked], device)[0]:
+        while len(history) < args.steps and not add_up([signals.asked], device)[0]:
+            step = len(history) + 1
             batch = list(itertools.islice(stream, args.questions_per_step))
             signals.calm = world()[1] == 1
-            metrics, groups = train_step(step + 1, batch, policy, reference, llm, tokenizer, optimizer, known,
-                                         learning_rate(step + 1, args), args, signals.wait)
-            step += 1
+            metrics, groups = train_step(step, batch, policy, reference, llm, tokenizer, optimizer, known,
+                                         learning_rate(step, args), args, signals.wait)
             if args.eval_every and step % args.eval_every == 0:
                 metrics |= held_out_check(held_out, policy, llm, tokenizer, args)
-            history = log({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()})
+            history.append({k: None if isinstance(v, float) and not math.isfinite(v) else v
+                            for k, v in metrics.items()})
+            log(history[-1])
             bar.set_postfix(acc=f"{metrics['accuracy']:.2f}", calls=f"{metrics['call_rate']:.2f}",
                             rho=f"{metrics['rho']:.3f}", n=f"{metrics['asked'] or 0:.1f}",
                             len=f"{metrics['length']:.0f}", refresh=False)
@@ -465,11 +453,10 @@ def train(done, questions, held_out, policy, reference, llm, tokenizer, optimize
                 raise ValueError("5 steps in a row had no finite gradient; what was saved before is kept, and --resume "
                                  "goes on from there; try a smaller --lr in a new run")
             if step % args.save_every == 0 and step < args.steps:
-                keep(step)
+                keep()
     except KeyboardInterrupt:                  # while sampling: the policy is still that of the last whole step
         pass
     bar.close()
-    return step
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -510,7 +497,7 @@ def memory_needed(slm, llm, args, llm_bytes=2):
 # The script
 
 def starting_point(run, out, chosen, args):
-    """(steps done, directory of the model to go on from, if any). Refuses what would overwrite or cannot be."""
+    """last_checkpoint(), if any: what is done, and the model to go on from. Refuses what would overwrite or cannot."""
     if run.has(args.variant):
         raise ValueError(f"{out} is there already; choose another --run, or delete it")
     if not args.resume and (out / "checkpoint.json").exists():
@@ -533,7 +520,8 @@ def main():
     if run.has(args.variant) and args.resume:
         print(f"{out} is finished; next: python eval.py --run {run.path}")
         return
-    done, folder = starting_point(run, out, chosen, args)
+    history, folder = starting_point(run, out, chosen, args)
+    done = len(history)
     run.open()
     questions, held_out = training_questions(args, run.toy, "grpo", args.pool, args.eval_questions)
     start_processes(args.gpus)
@@ -556,31 +544,27 @@ def main():
         needed = memory_needed(policy.config, llm.config, args, llm.embed.weight.element_size())
         print("GiB of memory, about: " + ", ".join(f"{what} {size / 2**30:.1f}" for what, size in needed.items()))
 
-    history = []
-    if rank == 0:                              # the others write no file
-        out.mkdir(parents=True, exist_ok=True)
-        history = earlier_metrics(out / "metrics.jsonl", done)
-
-    def keep(step):
-        if rank == 0:
-            save_checkpoint(out, step, policy, optimizer, source, chosen)
+    def keep():
+        if rank == 0:                          # the others write no file
+            save_checkpoint(out, history, policy, optimizer, source, chosen)
 
     def log(metrics):
-        history.append(metrics)
         if rank == 0:
             with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
-                file.flush()
-                os.fsync(file.fileno())                    # as a checkpoint is, which must not be ahead of it
-        return history
 
-    step = train(done, questions, held_out, policy, reference, None if args.no_teacher else llm, tokenizer, optimizer,
-                 Signals(), keep, log, args)
-    if step < args.steps:
-        if step > last_checkpoint(out, chosen)[0]:         # one that is there is not written again, and endangered
-            keep(step)
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "metrics.jsonl").unlink(missing_ok=True)    # steps after the checkpoint are done again
+    for metrics in history:
+        log(metrics)
+    train(history, questions, held_out, policy, reference, None if args.no_teacher else llm, tokenizer, optimizer,
+          Signals(), keep, log, args)
+    if len(history) < args.steps:
+        if len(history) > len(last_checkpoint(out, chosen)[0]):    # one that is there is not endangered
+            keep()
         wait_for_all()                                     # who leaves first has the others killed
-        sys.exit(f"grpo.py: stopped after step {step}; go on with --resume" if rank == 0 else 1)
+        sys.exit(f"grpo.py: stopped after step {len(history)}; go on with --resume" if rank == 0 else 1)
     if rank == 0:
         save(policy, out, source)
         run.finish(args.variant, chosen)

@@ -126,10 +126,13 @@ def test_kl_and_drift_start_at_zero(toy):
     assert sums["kl"] == 0 and sums["difference"] < 1e-5
 
 
+STEPS = [dict(step=1, loss=0.1), dict(step=2, loss=None)]
+
+
 def test_a_checkpoint_with_other_settings_is_refused(toy, tmp_path):
     """A run that goes on with another learning rate is two half runs under one name."""
-    save_checkpoint(tmp_path, 4, toy[1], adamw(toy[1], 1e-3), None, dict(lr=1, seed=1))
-    assert last_checkpoint(tmp_path, dict(lr=1, seed=1)) == (4, tmp_path / "checkpoint-4")
+    save_checkpoint(tmp_path, STEPS * 2, toy[1], adamw(toy[1], 1e-3), None, dict(lr=1, seed=1))
+    assert last_checkpoint(tmp_path, dict(lr=1, seed=1)) == (STEPS * 2, tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match="lr 1, not 2"):
         last_checkpoint(tmp_path, dict(lr=2, seed=1))
 
@@ -581,23 +584,23 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(toy, tmp_path,
     for at in range(5):
         out = tmp_path / str(at)
         out.mkdir()
-        save_checkpoint(out, 1, toy[1], adamw(toy[1], 1e-3), tmp_path / "source", dict(lr=1))
+        save_checkpoint(out, STEPS[:1], toy[1], adamw(toy[1], 1e-3), tmp_path / "source", dict(lr=1))
         monkeypatch.setattr(os, "replace", replace)
         calls = itertools.count()
         try:
-            save_checkpoint(out, 2, toy[1], adamw(toy[1], 1e-3), tmp_path / "source", dict(lr=1))
+            save_checkpoint(out, STEPS, toy[1], adamw(toy[1], 1e-3), tmp_path / "source", dict(lr=1))
         except KeyboardInterrupt:
             pass
         monkeypatch.setattr(os, "replace", real)
-        step, folder = last_checkpoint(out, dict(lr=1))
-        assert step == (2 if at == 4 else 1)               # four files are moved into place
+        history, folder = last_checkpoint(out, dict(lr=1))
+        assert history == STEPS[:2 if at == 4 else 1]      # four files are moved into place
         load(folder)
         grpo.load_optimizer(adamw(toy[1], 1e-3), folder / "optimizer.pt")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"step": 1, "folder": "../slm", "settings": {}}', '{"step": "1"}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"settings": {}, "history": 3}', '{"settings": {}, "history": [3]}'])
 def test_a_damaged_or_foreign_checkpoint_is_one_line(tmp_path, text):
-    """A traceback tells nobody what to do; a folder outside the run would be loaded."""
+    """A traceback tells nobody what to do."""
     (tmp_path / "checkpoint.json").write_text(text)
     with pytest.raises(ValueError, match="checkpoint.json"):
         last_checkpoint(tmp_path, {})
@@ -627,16 +630,16 @@ def test_a_disk_that_fills_while_the_optimizer_is_saved_is_one_line(toy, tmp_pat
     for p in policy.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()                           # now its two averages are twice as large as the model
-    save_checkpoint(tmp_path, 1, policy, optimizer, None, {})
+    save_checkpoint(tmp_path, STEPS[:1], policy, optimizer, None, {})
     most = int(1.5 * (tmp_path / "checkpoint-1" / "model.safetensors").stat().st_size)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
         with pytest.raises((ValueError, OSError), match="checkpoint-2|too large") as error:
-            save_checkpoint(tmp_path, 2, policy, optimizer, None, {})
+            save_checkpoint(tmp_path, STEPS, policy, optimizer, None, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "\n" not in str(error.value) and last_checkpoint(tmp_path, {})[0] == 1
+    assert "\n" not in str(error.value) and last_checkpoint(tmp_path, {})[0] == STEPS[:1]
 
 
 def test_updates_without_a_finite_gradient_are_counted(monkeypatch):
@@ -654,47 +657,22 @@ def trained(monkeypatch, skipped):
 
     history, kept = [], []
 
-    def log(metrics):
-        json.dumps(metrics, allow_nan=False)
-        history.append(metrics)
-        return history
-
     monkeypatch.setattr(grpo, "train_step", step)
     args = settings(steps=len(skipped), questions_per_step=1, lr=1e-3, ramp=1, decay=False, eval_every=0, updates=1,
                     save_every=1, seed=0)
     try:
-        done = grpo.train(0, ["a", "b"], [], tiny("qwen3"), None, None, ByteTokenizer(), None,
-                          SimpleNamespace(asked=False, calm=False, wait=None), kept.append, log, args)
+        grpo.train(history, ["a", "b"], [], tiny("qwen3"), None, None, ByteTokenizer(), None,
+                   SimpleNamespace(asked=False, calm=False, wait=None), lambda: kept.append(len(history)),
+                   lambda metrics: json.dumps(metrics, allow_nan=False), args)
     except ValueError as error:
         assert "5 steps in a row" in str(error) and "\n" not in str(error)
-        done = len(history)
-    return done, kept
+    return len(history), kept
 
 
 def test_five_steps_in_a_row_without_a_finite_gradient_end_the_run(monkeypatch):
     """It went on for days with weights that no longer moved. Four in a row, and then a good one, are bad luck."""
     assert trained(monkeypatch, [1, 1, 1, 1, 0, 1, 1, 1, 1]) == (9, [1, 2, 3, 4, 5, 6, 7, 8])
     assert trained(monkeypatch, [0, 1, 1, 1, 1, 1, 0]) == (6, [1, 2, 3, 4, 5])      # nothing is kept of the last one
-
-
-@pytest.mark.parametrize("text, done, fault", [('{"step": 1}\n', 2, "1 of the checkpoint's 2"),
-                                               ('{"step": 1}\n{"ste\n', 2, "no JSON object"),
-                                               ('{"step": 1}\n2\n', 2, "no JSON object")])
-def test_metrics_that_lack_a_step_of_the_checkpoint_are_one_line(tmp_path, text, done, fault):
-    """Whoever edits the file by hand and resumes had a traceback, or a curve with a step missing."""
-    file = tmp_path / "metrics.jsonl"
-    file.write_text(text)
-    with pytest.raises(ValueError, match=f"metrics.jsonl.*{fault}"):
-        grpo.earlier_metrics(file, done)
-    assert file.read_text() == text
-
-
-def test_steps_after_the_checkpoint_are_taken_off_the_metrics(tmp_path):
-    """They are done again; their old lines would stand there twice."""
-    file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert grpo.earlier_metrics(file, 1) == [{"step": 1}] and file.read_text() == '{"step": 1}\n'
-    assert grpo.earlier_metrics(file, 0) == [] and file.read_text() == ""
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the list of children from Linux's /proc")
