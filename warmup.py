@@ -322,6 +322,21 @@ def supervised_step(model, optimizer, examples, known, lr, most):
     return loss, total
 
 
+def supervise(model, tokenizer, batches, steps, lr, ramp, most, label, position=0):
+    """One update for each batch, a list of examples. The learning rate rises over `ramp` steps, then falls to 0."""
+    optimizer, known = adamw(model, lr), torch.tensor(tokenizer.known, device=model.embed.weight.device)
+    start, read = time.perf_counter(), 0
+    bar = progress_bar(total=steps, desc=label, unit="step", position=position)
+    for step, examples in enumerate(batches):
+        now = lr * min(1.0, (step + 1) / ramp) * (1 - step / steps)
+        loss, _ = supervised_step(model, optimizer, examples, known, now, most)
+        read += sum(len(e.tokens) for e in examples)
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        bar.update()
+    bar.close()
+    tqdm.write(f"{label}: {read / (time.perf_counter() - start):,.0f} tokens/s")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage 0: the toy pair
 
@@ -335,11 +350,10 @@ TOY_SIZES = {
 TOY_CORPUS = {"slm": dict(lr=4e-3, asides=0.4, unreliable=True), "llm": dict(lr=3e-3, asides=0.1, unreliable=False)}
 
 
-def pretrain(name, directory, steps, seed, batch=32, position=0):
-    """Train one model of the toy pair from scratch on worked solutions and write it into `directory`."""
-    parent = multiprocessing.parent_process()
-    if parent:
-        signal.signal(signal.SIGINT, lambda *_: sys.exit(1))   # Ctrl-C: the parent says what there is to say
+def pretrain(rank, jobs, batch=32):
+    """Train a model of the toy pair from scratch on worked solutions. jobs[rank]: (name, directory, steps, seed)."""
+    name, directory, steps, seed = jobs[rank]
+    if multiprocessing.parent_process():
         os.environ.update(RANK="0", WORLD_SIZE="1")        # whatever the parent is one of, this model has one process
     small_models()
     tokenizer = Tokenizer(directory)
@@ -348,28 +362,17 @@ def pretrain(name, directory, steps, seed, batch=32, position=0):
                                tie_word_embeddings=True, attention_bias=False, eos_token_id=tokenizer.end_id,
                                **TOY_SIZES[name]), directory)
     model, corpus = Transformer(config).initialize(seed), TOY_CORPUS[name]
-    optimizer, known = adamw(model, corpus["lr"]), torch.tensor(tokenizer.known)
     rng = random.Random(f"{name} {seed}")
     questions = toy_questions("train", rng, unreliable=corpus["unreliable"])
-    bar = progress_bar(range(steps), desc=f"pretrain {name}", position=position, unit="step")
-    start, read = time.perf_counter(), 0
-    for step in bar:
-        examples = []
-        for _ in range(batch):
-            question = next(questions)
-            answer, learn = with_asides(tokenizer.encode(question.solution), tokenizer, rng, corpus["asides"])
-            prompt = tokenizer.chat(question.text)
-            examples.append(Example(prompt + answer + [tokenizer.end_id], [False] * len(prompt) + learn + [True]))
-        lr = corpus["lr"] * (1 - step / steps) * min(1, (step + 1) / 50)     # up over 50 steps, then down to 0
-        loss, _ = supervised_step(model, optimizer, examples, known, lr, most=1500)
-        read += sum(len(e.tokens) for e in examples)
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss:.3f}")
-            if parent and not parent.is_alive():       # killed: nobody is left to note that this model is finished
-                return
+
+    def example(question):
+        answer, learn = with_asides(tokenizer.encode(question.solution), tokenizer, rng, corpus["asides"])
+        prompt = tokenizer.chat(question.text)
+        return Example(prompt + answer + [tokenizer.end_id], [False] * len(prompt) + learn + [True])
+
+    batches = ([example(next(questions)) for _ in range(batch)] for _ in range(steps))
+    supervise(model, tokenizer, batches, steps, corpus["lr"], 50, 1500, f"pretrain {name}", rank)
     save(model, directory)
-    bar.close()
-    tqdm.write(f"pretrained the {name.upper()}: {read / (time.perf_counter() - start):,.0f} tokens/s")
 
 
 def pretrain_pair(run, args):
@@ -377,22 +380,14 @@ def pretrain_pair(run, args):
     made_with = {name: dict(steps=steps, seed=args.seed)
                  for name, steps in (("slm", args.slm_steps), ("llm", args.llm_steps))}
     missing = [name for name in made_with if not run.finished(f"pretrain {name}", made_with[name])]
-    spawn, processes = multiprocessing.get_context("spawn"), {}
-    for position, name in enumerate(missing):
+    for name in missing:
         save_toy_tokenizer(run.path / name)
-        processes[name] = spawn.Process(target=pretrain, args=(name, run.path / name), daemon=True,
-                                        kwargs=dict(position=position, **made_with[name]))
-        processes[name].start()
+    jobs = [(name, run.path / name, *made_with[name].values()) for name in missing]
     try:
-        for process in processes.values():
-            process.join()
-    except KeyboardInterrupt:
-        for process in processes.values():
-            process.join(5)
-        raise
-    for name, process in processes.items():
-        if process.exitcode != 0:
-            raise ValueError(f"pretraining the {name.upper()} failed")
+        torch.multiprocessing.spawn(pretrain, (jobs,), nprocs=len(jobs))    # if one fails, both end
+    except (torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException) as error:
+        raise ValueError(f"pretraining the toy pair failed: {str(error).splitlines()[-1]}") from None
+    for name in missing:
         run.finish(f"pretrain {name}", made_with[name])
 
 
@@ -416,22 +411,19 @@ def insert_commands(tokens, tokenizer, rng, max_n):
 def warm_up(model, tokenizer, rollouts, args):
     """Fine-tune on the model's own answers, each with random commands in it."""
     rng = random.Random(f"commands {args.seed}")
-    known = torch.tensor(tokenizer.known, device=model.embed.weight.device)
-    optimizer = adamw(model, args.lr)
-    epoch = math.ceil(len(rollouts) / args.batch_size)                     # in steps
-    steps = epoch * args.epochs
-    bar = progress_bar(range(steps), desc="warm-up", unit="step")
-    for step in bar:
-        if step % epoch == 0:
+    steps = math.ceil(len(rollouts) / args.batch_size) * args.epochs
+
+    def example(r):
+        answer = insert_commands(r.tokens, tokenizer, rng, args.max_n)
+        return Example(r.prompt + answer, [False] * len(r.prompt) + [True] * len(answer))
+
+    def batches():
+        for _ in range(args.epochs):
             rng.shuffle(rollouts)
-        start, examples = step % epoch * args.batch_size, []
-        for r in rollouts[start:start + args.batch_size]:
-            answer = insert_commands(r.tokens, tokenizer, rng, args.max_n)
-            examples.append(Example(r.prompt + answer, [False] * len(r.prompt) + [True] * len(answer)))
-        ramp = min(1.0, (step + 1) / max(1, 0.03 * steps))                 # up over 3% of the steps, then down to 0
-        lr = args.lr * ramp * (1 - step / steps)
-        loss, _ = supervised_step(model, optimizer, examples, known, lr, args.micro_tokens)
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            for start in range(0, len(rollouts), args.batch_size):
+                yield [example(r) for r in rollouts[start:start + args.batch_size]]
+
+    supervise(model, tokenizer, batches(), steps, args.lr, max(1, 0.03 * steps), args.micro_tokens, "warm-up")
 
 
 # From the paper: epochs, and lr and batch size within its ranges (5e-6 to 2e-5, 8 to 32); max_n from d * 10^k. The
@@ -499,10 +491,8 @@ def main():
     own = write_answers(slm, None, tokenizer, pool, args, "sample", temperature=1.0)    # its own distribution
     print(f"sampled {sum(len(r.tokens) for r in own) / (time.perf_counter() - start):,.0f} tokens/s")
     report("SLM alone", check, write_answers(slm, None, tokenizer, check, args, "before"), tokenizer)
-    start = time.perf_counter()
     slm.checkpointing = args.checkpointing
     warm_up(slm, tokenizer, own, args)
-    print(f"learned {args.epochs * sum(len(r.tokens) for r in own) / (time.perf_counter() - start):,.0f} tokens/s")
     report("warmed up, with the LLM", check, write_answers(slm, llm, tokenizer, check, args, "after"), tokenizer)
     if first:
         save(slm, run.path / "warmup", run.directory("slm"))

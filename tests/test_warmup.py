@@ -242,7 +242,7 @@ def seen(monkeypatch):
 
 def test_pretraining_learns_the_answer_and_its_end_of_text_but_not_the_prompt(seen, toy_directory, tokenizer):
     """A model that never learnt its end of text writes until the budget is spent."""
-    warmup.pretrain("slm", toy_directory, steps=3, seed=0, batch=8)
+    warmup.pretrain(0, [("slm", toy_directory, 3, 0)], batch=8)
     assert len(seen.examples) == 24
     for e in seen.examples:
         start = len(e.tokens) - e.tokens[::-1].index(tokenizer.encode("assistant")[0]) + 1   # behind "assistant\n"
