@@ -126,11 +126,6 @@ def entropy(logprobs):
 # ---------------------------------------------------------------------------------------------------------------------
 # One model's side
 
-def chunk_size(rows):
-    """Tokens of each of these rows to be read at once."""
-    return max(min(CHUNK, PASS // max(len(rows), 1)), 1)
-
-
 class Reader:
     """A model, its KV cache, and for every row the text that the model is to see.
 
@@ -161,10 +156,7 @@ class Reader:
         """Read all that is new for `rows`. Returns them in cache order, and the logits (B, V) after each one's last."""
         if new := [row for row in rows if self.cached[row] == 0]:
             self.share_prompts(new)
-        goal, chunk = [len(tokens) for tokens in self.tokens], chunk_size(rows)
-        while long := [row for row in rows if goal[row] - self.cached[row] > chunk]:
-            self.read(long, goal, chunk)
-        return self.read(rows, goal, chunk, last=True)
+        return self.read(rows, [len(tokens) for tokens in self.tokens], last=True)
 
     def share_prompts(self, new):
         """Roll-outs of one question: one row reads all of the prompt but its last token, the others copy its cache.
@@ -173,30 +165,36 @@ class Reader:
         """
         new = [row for row in new if self.twins[self.prompts[row]] > 1 and len(self.prompts[row]) > 1]
         readers = [row for row in new if self.holder.setdefault(self.prompts[row], row) == row]
-        goal, chunk = [len(prompt) - 1 for prompt in self.prompts], chunk_size(readers)
-        while unread := [row for row in readers if self.cached[row] < goal[row]]:
-            self.read(unread, goal, chunk)
+        goal = [len(prompt) - 1 for prompt in self.prompts]
+        if readers:
+            self.read(readers, goal)
         for source in {self.holder[self.prompts[row]] for row in new}:
             copies = [row for row in new if self.prompts[row] == self.prompts[source] and row != source]
             self.cache.copy(source, copies, goal[source])
             for row in copies:
                 self.cached[row] = self.copied[row] = goal[source]
 
-    def read(self, rows, goal, chunk, last=False):
-        """One forward pass over up to `chunk` tokens of each row, towards goal[row]; shorter rows are padded behind."""
-        order = self.cache.arrange(rows)
-        parts = [self.tokens[row][self.cached[row]:min(goal[row], self.cached[row] + chunk)] for row in order]
-        counts = [len(part) for part in parts]
-        width = max(counts)
-        flat = []                                                  # one list: made a tensor three times as fast
-        for part in parts:
-            flat += part + [0] * (width - len(part))
-        tokens = torch.tensor(flat, device=self.cache.like.device).view(-1, width)
-        out = (self.model(tokens, self.cache, counts, last=True) if last
-               else self.model.hidden(tokens, self.cache, counts))
-        for row, count in zip(order, counts):
-            self.cached[row] += count
-        return order, out
+    def read(self, rows, goal, last=False):
+        """Read up to goal[row] tokens of each row: a chunk at a time of those with more, then the rest of all at once.
+
+        Returns the rows in cache order and what the last pass gave: hidden states, or logits (B, V) with last=True.
+        """
+        chunk = max(min(CHUNK, PASS // len(rows)), 1)
+        while True:
+            long = [row for row in rows if goal[row] - self.cached[row] > chunk]
+            order = self.cache.arrange(long or rows)
+            parts = [self.tokens[row][self.cached[row]:min(goal[row], self.cached[row] + chunk)] for row in order]
+            counts = [len(part) for part in parts]
+            width, flat = max(counts), []                          # one list: made a tensor three times as fast
+            for part in parts:
+                flat += part + [0] * (width - len(part))           # shorter rows are padded behind
+            tokens = torch.tensor(flat, device=self.cache.like.device).view(-1, width)
+            out = (self.model(tokens, self.cache, counts, last=True) if last and not long
+                   else self.model.hidden(tokens, self.cache, counts))
+            for row, count in zip(order, counts):
+                self.cached[row] += count
+            if not long:
+                return order, out
 
     def drop(self, rows):
         """Forget rows that have ended, and give their part of the cache back."""
