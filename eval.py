@@ -39,8 +39,8 @@ import numpy as np
 from data import load_questions, split_of, toy_questions
 from grpo import parameters
 from model import load, weight_files, write_beside, write_json
-from relay import (COMMAND, Call, Rollout, Run, WrongArguments, command, fill_in, is_right, load_pair, machine, parser,
-                   positive, relay, run_script, show_presets)
+from relay import (COMMAND, Call, Rollout, Run, WrongArguments, command, figures, fill_in, is_right, load_pair, machine,
+                   means, parser, positive, relay, run_script, show_presets)
 from warmup import progress_bar
 
 TOY = dict(temperature=0.7, max_new_tokens=96, limit=1000, fixed=[1, 4, 9])
@@ -130,17 +130,6 @@ def interval(values, statistic=np.mean):
     return [float(low), float(high)]
 
 
-def summary(right, rollouts, all_by_llm=False):
-    """Accuracy, call ratio, calls and length of some answers."""
-    n, tokens = len(rollouts), sum(len(r.tokens) for r in rollouts)
-    by_llm = tokens if all_by_llm else sum(sum(r.by_llm) for r in rollouts)
-    calls = [c for r in rollouts for c in r.calls if c.delivered]
-    return dict(accuracy=float(np.mean(right)), questions=len(right), rho=by_llm / max(1, tokens),
-                llm_tokens=by_llm / n, call_rate=sum(any(r.by_llm) for r in rollouts) / n, calls=len(calls) / n,
-                asked=sum(c.asked for c in calls) / len(calls) if calls else None,
-                length=tokens / n, cut=sum(r.end == "length" for r in rollouts) / n)
-
-
 def routers(rows, right):
     """The random router's two rows, from the measured answers; and the relay's figures against it, into its row.
 
@@ -180,20 +169,15 @@ def bound(questions, tokenizer):
 
 
 def where_calls_happen(questions, rollouts, tokenizer, repeat):
-    """What stands just before the commands (ten most frequent), where they stand, and n by kind of question.
-
-    And (accuracy, answers) with a delivered call and without one.
-    """
-    before, place, asked, right = Counter(), Counter(), {}, dict(with_call=[], without_call=[])
+    """What stands just before the commands (ten most frequent), where they stand, and n by kind of question."""
+    before, place, asked = Counter(), Counter(), {}
     for i, r in enumerate(rollouts):
-        right["with_call" if any(r.by_llm) else "without_call"].append(is_right(questions[i // repeat], r, tokenizer))
         for call in r.calls:
             text = COMMAND.sub(b"", b"".join(tokenizer.token_bytes[t] for t in r.tokens[:call.position]))
             before[" ".join(text.decode("utf-8", "replace").split()[-3:])] += 1
             place[f"{call.position * 10 // len(r.tokens) * 10}%"] += 1
             asked.setdefault(questions[i // repeat].kind or "all", Counter())[call.asked] += 1
-    shares = {name: [sum(hits) / max(1, len(hits)), len(hits)] for name, hits in right.items()}
-    return dict(**shares, before=dict(before.most_common(10)), place=dict(sorted(place.items())),
+    return dict(before=dict(before.most_common(10)), place=dict(sorted(place.items())),
                 asked={kind: dict(sorted(counts.items())) for kind, counts in asked.items()})
 
 
@@ -231,8 +215,9 @@ def tell(ours, analysis):
         print(f"the relay closes {ours['gap_closed']:.1%} ({ends}) of the gap with {ours['rho']:.2%} of the tokens, "
               f"{reduction} below the accuracy-matched random router")
     calls = analysis["calls"]
-    for name in ("with_call", "without_call") if calls["asked"] else ():
-        print("{}: {:.1%} of {} answers are right".format(name.replace("_", " a "), *calls[name]))
+    for name in ("called", "alone"):
+        if ours[f"accuracy_{name}"] is not None:
+            print(f"{'with' if name == 'called' else 'without'} a call {ours[f'accuracy_{name}']:.1%} are right")
     for kind, counts in calls["asked"].items():
         print(f"n asked, {kind}: " + ", ".join(f"{n} {count}x" for n, count in counts.items()))
     if calls["before"]:
@@ -362,17 +347,20 @@ class Table:
         marks = [self.marks[writer], self.marks.get(helper)]
         rollouts, seconds = self.answers.write(method, *models, marks, self.tokenizer, asked, repeat, args,
                                                 **options)
-        groups = [rollouts[i:i + repeat] for i in range(0, len(rollouts), repeat)]
-        right = np.mean([[is_right(q, r, self.tokenizer) for r in group] for q, group in zip(asked, groups)], axis=1)
-        by_kind, all_by_llm = {}, method == "llm"
+        if method == "llm":
+            for r in rollouts:
+                r.by_llm = [True] * len(r.tokens)
+        hits = [is_right(asked[i // repeat], r, self.tokenizer) for i, r in enumerate(rollouts)]
+        right, by_kind = np.reshape(hits, (-1, repeat)).mean(axis=1), {}
         for kind in sorted({q.kind for q in asked if q.kind}):
-            chosen = [i for i, q in enumerate(asked) if q.kind == kind]
-            by_kind[kind] = summary(right[chosen], [r for i in chosen for r in groups[i]], all_by_llm)
+            chosen = [i for i in range(len(hits)) if asked[i // repeat].kind == kind]
+            by_kind[kind] = dict(questions=len(chosen) // repeat, **means(figures(
+                [hits[i] for i in chosen], [rollouts[i] for i in chosen])))
         small, large = (parameters(model.config) if model else 0 for model in models)
         ran = sum((r.cost["slm_prefill"] + r.cost["slm_decode"]) * small
                   + (r.cost["llm_prefill"] + r.cost["llm_decode"]) * large for r in rollouts)
-        row = dict(method=method, **summary(right, rollouts, all_by_llm), ci95=interval(right), seed=args.seed,
-                   temperature=args.temperature, max_new_tokens=args.max_new_tokens, repeat=repeat,
+        row = dict(method=method, questions=len(asked), **means(figures(hits, rollouts)), ci95=interval(right),
+                   seed=args.seed, temperature=args.temperature, max_new_tokens=args.max_new_tokens, repeat=repeat,
                    parameters_a_token=ran / max(1, sum(len(r.tokens) for r in rollouts)), seconds=seconds,
                    by_kind=by_kind)
         if questions is None:

@@ -28,8 +28,8 @@ import torch
 from tqdm import tqdm
 
 from model import Transformer, load, read_json, save, write_beside, write_json
-from relay import (Run, WrongArguments, at_least_zero, differing, fill_in, is_right, load_pair, machine, parser,
-                   positive, relay, run_script, shares, show_presets)
+from relay import (Run, WrongArguments, at_least_zero, differing, figures, fill_in, is_right, load_pair, machine, means,
+                   parser, positive, relay, run_script, show_presets)
 from warmup import (HEAD, Example, adamw, add_up, apply_gradient, check_gpus, hear_signals, join_processes,
                     machine_arguments, micro_batches, progress_bar, settings, start_processes, token_logprobs,
                     short, training_questions, wait_for_all, world, write_answers)
@@ -135,24 +135,12 @@ def update(policy, reference, optimizer, rollouts, advantage, known, lr, args):
     return sums | dict(norm=apply_gradient(policy, optimizer, lr))
 
 
-def step_metrics(rollouts, right, called, reward):
-    """What the roll-outs of one step say, before any learning: for each metric a sum and what to divide it by.
-
-    right, called, reward: (questions, G). Sums and divisors of several processes add up.
-    """
-    n, questions = len(rollouts), len(right)
-    tokens, calls = sum(len(r.tokens) for r in rollouts), [c for r in rollouts for c in r.calls]
+def group_figures(right, called, reward):
+    """figures() of the groups: how many are in each scenario of the reward, and how many have equal rewards."""
     alone, solved = (right & ~called).any(-1), right.any(-1)
-    return dict(
-        reward=(reward.sum().item(), n), accuracy=(right.sum().item(), n),
-        accuracy_called=((right & called).sum().item(), called.sum().item()),
-        accuracy_alone=((right & ~called).sum().item(), (~called).sum().item()),
-        call_rate=(called.sum().item(), n), rho=(sum(sum(r.by_llm) for r in rollouts), tokens),
-        asked=(sum(c.asked for c in calls), len(calls)), length=(tokens, n),
-        cut=(sum(r.end == "length" for r in rollouts), n), student_solvable=(alone.sum().item(), questions),
-        teacher_dependent=((solved & ~alone).sum().item(), questions),
-        teacher_unsolvable=((~solved).sum().item(), questions),
-        equal_groups=((reward == reward[:, :1]).all(-1).sum().item(), questions))
+    groups = dict(student_solvable=alone, teacher_dependent=solved & ~alone, teacher_unsolvable=~solved,
+                  equal_groups=(reward == reward[:, :1]).all(-1))
+    return {name: (flags.sum().item(), len(flags)) for name, flags in groups.items()}
 
 
 def score(questions, groups, tokenizer, args):
@@ -193,15 +181,14 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
         sums.append(update(policy, reference, optimizer, [r for i in chosen for r in groups[i]],
                            advantage[chosen].flatten(), known, lr, args))
     tokens = sum(s["tokens"] for s in sums)
-    parts = step_metrics(flat, right, called, reward)
+    parts = dict(reward=(reward.sum().item(), len(flat))) | figures(right.flatten().tolist(), flat)
+    parts |= group_figures(right, called, reward)
     parts |= {name: (sum(s[key] for s in sums), tokens) for name, key in
               (("kl", "kl"), ("clip_fraction", "clipped"), ("entropy", "entropy"))}
     # Each process divided its loss by the tokens of all: its parts are added up, and the updates counted once.
     parts["loss"] = sum(s["loss"] for s in sums), len(sums) if rank == 0 else 0
     numbers = add_up([number for pair in parts.values() for number in pair], known.device)
-    metrics = dict(step=step)
-    for name, total, count in zip(parts, numbers[0::2], numbers[1::2]):
-        metrics[name] = total / count if count else None
+    metrics = dict(step=step) | means(dict(zip(parts, zip(numbers[0::2], numbers[1::2]))))
     norms = [s["norm"] for s in sums if math.isfinite(s["norm"])]
     metrics |= dict(grad_norm=max(norms, default=math.nan), skipped=len(sums) - len(norms),
                     sampler_learner_difference=next((s["difference"] for s in sums if s["tokens"]), 0.0), lr=lr,
@@ -413,7 +400,8 @@ def held_out_check(questions, policy, llm, tokenizer, args):
         return {}
     rollouts = write_answers(policy, llm, tokenizer, questions, args, "check", temperature=0.7,    # as the toy's table
                              llm_temperature=args.llm_temperature)
-    return dict(zip(("eval_accuracy", "eval_call_rate", "eval_rho"), shares(questions, rollouts, tokenizer)))
+    shown = means(figures([is_right(q, r, tokenizer) for q, r in zip(questions, rollouts)], rollouts))
+    return {f"eval_{name}": shown[name] for name in ("accuracy", "call_rate", "rho")}
 
 
 def train(history, questions, held_out, policy, reference, llm, tokenizer, optimizer, signals, keep, log, args):

@@ -418,11 +418,25 @@ def is_right(question, rollout, tokenizer):
     return grade(text, question.answer)
 
 
-def shares(questions, rollouts, tokenizer):
-    """(accuracy, call rate, rho) of some answers: shares of right ones, of those with a call, of tokens by the LLM."""
-    n, tokens = max(1, len(rollouts)), max(1, sum(len(r.tokens) for r in rollouts))
-    return (sum(is_right(q, r, tokenizer) for q, r in zip(questions, rollouts)) / n,
-            sum(any(r.by_llm) for r in rollouts) / n, sum(sum(r.by_llm) for r in rollouts) / tokens)
+def figures(right, rollouts):
+    """What some answers show, for each figure a sum and what to divide it by: those of several processes add up.
+
+    right: is it right?, for each answer. A call is a command to which the LLM delivered at least one token.
+    """
+    n, tokens, by_llm = len(rollouts), sum(len(r.tokens) for r in rollouts), sum(sum(r.by_llm) for r in rollouts)
+    calls = [[c.asked for c in r.calls if c.delivered] for r in rollouts]
+    called = [hit for hit, asked in zip(right, calls) if asked]                    # right ones and wrong ones
+    alone = [hit for hit, asked in zip(right, calls) if not asked]
+    asked = sum(calls, [])
+    return dict(accuracy=(sum(right), n), accuracy_called=(sum(called), len(called)),
+                accuracy_alone=(sum(alone), len(alone)), call_rate=(len(called), n), calls=(len(asked), n),
+                asked=(sum(asked), len(asked)), rho=(by_llm, tokens), llm_tokens=(by_llm, n), length=(tokens, n),
+                cut=(sum(r.end == "length" for r in rollouts), n))
+
+
+def means(sums):
+    """{figure: its mean} from {figure: (sum, divisor)}; None where there is nothing to divide by."""
+    return {name: total / count if count else None for name, (total, count) in sums.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

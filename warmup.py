@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 from data import Tokenizer, load_questions, save_toy_tokenizer, split_of, toy_questions, with_asides
 from model import Grid, Transformer, parse_config, read_config, save
-from relay import (Run, WrongArguments, command, entropy, fill_in, load_pair, log_softmax, machine, parser, positive,
-                   relay, run_script, shares, show_presets, small_models)
+from relay import (Run, WrongArguments, command, entropy, figures, fill_in, is_right, load_pair, log_softmax, machine,
+                   means, parser, positive, relay, run_script, show_presets, small_models)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared by both stages: data parallel training (skip it on a first reading)
@@ -459,8 +459,10 @@ def arguments():
 
 
 def report(label, questions, rollouts, tokenizer):
-    right, calls, rho = shares(questions, rollouts, tokenizer)
-    print(f"{label}: {right:.1%} right, calls in {calls:.0%} of {len(questions)} answers, rho {rho:.1%}")
+    shown = means(figures([is_right(q, r, tokenizer) for q, r in zip(questions, rollouts)], rollouts))
+    if questions:
+        print("{}: {accuracy:.1%} right, calls in {call_rate:.0%} of {} answers, rho {rho:.1%}".format(
+            label, len(questions), **shown))
 
 
 def main():

@@ -11,8 +11,8 @@ import pytest
 import eval as eval_module
 from conftest import ByteTokenizer, tiny
 from data import Question, Tokenizer, load_questions, save_toy_tokenizer, split_of, toy_questions
-from eval import Answers, bound, fit_questions, interval, routers, summary, where_calls_happen
-from relay import Call, Rollout
+from eval import Answers, bound, fit_questions, interval, routers, where_calls_happen
+from relay import Call, Rollout, figures, means
 
 
 def row(rho=0.0):
@@ -83,7 +83,7 @@ def test_rho_pools_tokens_over_answers():
     """The mean of each answer's rho would weigh a short answer like a long one."""
     long = Rollout([1], tokens=[1] * 98, by_llm=[False] * 98, end="eos")
     short = Rollout([1], tokens=[1, 1], by_llm=[True, True], calls=[Call(0, 5, 2)], end="eos")
-    got = summary([True, False], [long, short])
+    got = means(figures([True, False], [long, short]))
     assert got["rho"] == 0.02 and got["accuracy"] == 0.5 and got["call_rate"] == 0.5 and got["asked"] == 5
 
 
@@ -164,8 +164,7 @@ def test_where_calls_happen_is_counted_by_the_words_before_them():
     r = Rollout([1], list(text) + [49, 49], [False] * len(text) + [True] * 2, calls=[Call(len(text), 2, 2)],
                 end="length")
     got = where_calls_happen([Question("q", "1", "price")], [r], tokenizer, 1)
-    assert got == dict(with_call=[0.0, 1], without_call=[0.0, 0], before={"it costs": 1}, place={"90%": 1},
-                       asked={"price": {2: 1}})
+    assert got == dict(before={"it costs": 1}, place={"90%": 1}, asked={"price": {2: 1}})
 
 
 def test_the_page_shows_what_a_model_wrote_as_text():
