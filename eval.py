@@ -24,6 +24,7 @@ For the toy one more figure is known: the bound, what calls placed exactly on th
 Left out: the paper's second look by a judge at answers that were scored wrong (one more model's opinion), and votes.
 """
 import base64
+import functools
 import hashlib
 import html
 import importlib.util
@@ -58,6 +59,7 @@ VARIANTS = {                                     # directory in the run: the fla
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers: each is written once, and kept in RUN/eval/answers.jsonl
 
+@functools.cache
 def fingerprint(directory):
     """A hash of a model's weights: answers of another model are never taken for this one's."""
     digest = hashlib.sha256()
@@ -326,25 +328,16 @@ class Table:
         self.paths, self.questions, self.answers, self.args = paths, questions, answers, args
         self.device, self.dtype = device, dtype
         slm, llm, self.tokenizer = load_pair(paths["slm"], paths["llm"], device, dtype, dtype)
-        self.models, self.marks = dict(slm=slm, llm=llm), {}
+        self.models = dict(slm=slm, llm=llm)                   # any other is loaded for each of its rows
         self.rows, self.right = {}, {}                         # of each method; right: a share for each question
-
-    def model(self, name):
-        """A model by its name. Beside SLM and LLM one more is in memory, the last that was asked for."""
-        if name not in self.models:
-            for other in self.models.keys() - {"slm", "llm"}:
-                del self.models[other]
-            self.models[name] = load(self.paths[name], self.device, self.dtype)
-        if name not in self.marks:
-            self.marks[name] = fingerprint(self.paths[name])
-        return self.models[name]
 
     def ask(self, method, writer, helper=None, questions=None, **options):
         """A method's row. It goes into the table, but for those of other questions than the table's."""
         asked, args = questions or self.questions, self.args
         repeat = 1 if questions else args.repeat
-        models = self.model(writer), (self.model(helper) if helper else None)
-        marks = [self.marks[writer], self.marks.get(helper)]
+        models = (self.models.get(writer) or load(self.paths[writer], self.device, self.dtype),
+                  self.models.get(helper))
+        marks = [fingerprint(self.paths[name]) if name else None for name in (writer, helper)]
         rollouts, seconds = self.answers.write(method, *models, marks, self.tokenizer, asked, repeat, args,
                                                 **options)
         if method == "llm":
