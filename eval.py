@@ -36,10 +36,10 @@ from collections import Counter
 from contextlib import suppress
 
 import numpy as np
+import torch
 
 from data import load_questions, split_of, toy_questions
-from grpo import parameters
-from model import load, weight_files, write_beside, write_json
+from model import Transformer, load, weight_files, write_beside, write_json
 from relay import (COMMAND, Call, Rollout, Run, WrongArguments, command, figures, fill_in, is_right, load_pair, machine,
                    means, parser, positive, relay, run_script, show_presets)
 from warmup import progress_bar
@@ -160,6 +160,12 @@ def difference(rows, right, name):
     """The relay less another method, on the same questions, with its interval."""
     gained = right["relay"] - right[name]
     return dict(accuracy=float(gained.mean()), ci95=interval(gained), rho=rows["relay"]["rho"] - rows[name]["rho"])
+
+
+def parameters(config):
+    """How many numbers a model of this Config learns."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(config).parameters())
 
 
 def bound(questions, tokenizer):

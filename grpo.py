@@ -27,10 +27,10 @@ import time
 import torch
 from tqdm import tqdm
 
-from model import Transformer, load, read_json, save, write_beside, write_json
+from model import load, read_json, save, write_beside, write_json
 from relay import (Run, WrongArguments, at_least_zero, differing, figures, fill_in, is_right, load_pair, machine, means,
                    parser, positive, relay, run_script, show_presets)
-from warmup import (HEAD, Example, adamw, add_up, apply_gradient, check_gpus, hear_signals, join_processes,
+from warmup import (Example, adamw, add_up, apply_gradient, check_gpus, hear_signals, join_processes,
                     machine_arguments, micro_batches, progress_bar, settings, start_processes, token_logprobs,
                     short, training_questions, wait_for_all, world, write_answers)
 
@@ -448,40 +448,6 @@ def train(history, questions, held_out, policy, reference, llm, tokenizer, optim
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What it needs (skip it on a first reading)
-
-def parameters(config):
-    """How many numbers a model of this Config learns."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in Transformer(config).parameters())
-
-
-def cache_bytes(config, size):
-    """Bytes of a token's keys and values, of `size` bytes a number."""
-    return 2 * config.layers * config.kv_heads * config.head_dim * size
-
-
-def memory_needed(slm, llm, args, llm_bytes=2):
-    """{what: bytes} of a training step, from two Configs; "peak" is the sum of what is there at the same time.
-
-    The policy has float32 weights, a gradient and Adam's two averages (16 bytes a parameter), the reference float32
-    weights. Caches and activations take turns. Activations: what the backward pass keeps of args.micro_tokens tokens,
-    counted from the operations of model.Layer, in float32, attention itself without its (T, T) weights.
-    """
-    small, large = parameters(slm), parameters(llm)
-    rows = min(args.batch, args.questions_per_step * args.group)
-    tokens = rows * (args.prompt_tokens + args.max_new_tokens)
-    q, kv = slm.heads * slm.head_dim, slm.kv_heads * slm.head_dim
-    inside = 6 * slm.hidden + 8 * q + 8 * kv + 5 * slm.ffn                  # floats a token and layer
-    kept = slm.hidden * slm.layers + inside if args.checkpointing else inside * slm.layers
-    head = 4 * 4 * min(args.micro_tokens * slm.vocab_size, HEAD)            # of a chunk: logits, log-softmax, slopes
-    parts = dict(policy=16 * small, reference=4 * small, llm=llm_bytes * large,
-                 caches=tokens * (cache_bytes(slm, 4) + cache_bytes(llm, llm_bytes)),
-                 learning=4 * args.micro_tokens * kept + head)
-    return parts | dict(peak=sum(parts.values()) - min(parts["caches"], parts["learning"]))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The script
 
 def starting_point(run, out, chosen, args):
@@ -527,10 +493,6 @@ def main():
     questions = filter_questions(questions, llm, tokenizer, args, run.path / "filter.json")
     if not questions:
         raise ValueError("the LLM solves none of the questions; give easier ones, or --filter-samples 0")
-    if not run.toy:
-        args.prompt_tokens = max(len(tokenizer.chat(q.text)) for q in questions)
-        needed = memory_needed(policy.config, llm.config, args, llm.embed.weight.element_size())
-        print("GiB of memory, about: " + ", ".join(f"{what} {size / 2**30:.1f}" for what, size in needed.items()))
 
     def keep():
         if rank == 0:                          # the others write no file

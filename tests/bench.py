@@ -29,6 +29,7 @@ import torch  # noqa: E402
 import relay as engine  # noqa: E402
 import grpo  # noqa: E402
 from data import Question, Tokenizer, save_toy_tokenizer  # noqa: E402
+from eval import parameters  # noqa: E402
 from model import Transformer, linear, load, parse_config, prepack, save  # noqa: E402
 from relay import Reader, relay, small_models  # noqa: E402
 from warmup import TOY_SIZES, adamw  # noqa: E402
@@ -428,12 +429,12 @@ def learning(bench):
     from test_grpo import memory_of_updates                       # needs pytest, and takes one thread for the tests
     torch.set_num_threads(threads)
     shape = dict(SHAPES["toy"]) if bench.quick else dict(SHAPES["qwen0.5b"], tie_word_embeddings=True)
-    config, size = parse_config(shape, "qwen0.5b"), 16 * grpo.parameters(parse_config(shape, "qwen0.5b"))
+    config, size = parse_config(shape, "qwen0.5b"), 16 * parameters(parse_config(shape, "qwen0.5b"))
     peak, said = memory_of_updates(config, 16, bench.size(512, 32), micro_tokens=2048, checkpointing=True)
     bench.add("learning step, Qwen 0.5B shape, 16 x 512", torch.float32, f"{peak / 2**30:.1f} GiB at most",
               f"{size / 2**30:.1f} GiB", "policy, gradient, Adam")
     bench.notes.append(f"learning step: {peak / size:.2f} times policy, gradient and Adam's averages (the reference "
-                       f"alone is 0.25); grpo.memory_needed says {said / 2**30:.1f} GiB")
+                       f"alone is 0.25); memory_needed() says {said / 2**30:.1f} GiB")
 
 
 # A step of GRPO, beside TRL

@@ -22,6 +22,7 @@ from conftest import ByteTokenizer, tiny
 from data import Tokenizer, save_toy_tokenizer, toy_questions
 from grpo import advantages, examples_of, k3, last_checkpoint, policy_loss, rewards, save_checkpoint, update
 from model import Config, Transformer, load, parse_config, save
+from needs import memory_needed
 from relay import Call, Rollout, command, entropy, log_softmax, relay, small_models
 from warmup import adamw, join_processes, token_logprobs, warm_up
 
@@ -726,7 +727,7 @@ def memory_of_updates(config, rollouts, length, **options):
         update(policy, reference, optimizer, written, torch.randn(rollouts), known, 1e-3, args)
     done.set()
     thread.join()
-    needed = grpo.memory_needed(config, config, args, llm_bytes=0)
+    needed = memory_needed(config, config, args, llm_bytes=0)
     return most - before, needed["policy"] + needed["reference"] + needed["learning"]
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import relay as relay_module
-from grpo import PAPER, advantages, memory_needed, rewards
-from hours import hours_needed
+from grpo import PAPER, advantages, rewards
 from model import Config
+from needs import hours_needed, memory_needed
 from relay import run_script
 
 HERE = Path(relay_module.__file__).parent

@@ -1,0 +1,51 @@
+"""Memory and hours that a run of GRPO needs: what README.md's table is made of (test_scripts.py compares them)."""
+import math
+
+from eval import parameters
+from warmup import HEAD
+
+
+def cache_bytes(config, size):
+    """Bytes of a token's keys and values, of `size` bytes a number."""
+    return 2 * config.layers * config.kv_heads * config.head_dim * size
+
+
+def memory_needed(slm, llm, args, llm_bytes=2):
+    """{what: bytes} of a training step, from two Configs; "peak" is the sum of what is there at the same time.
+
+    The policy has float32 weights, a gradient and Adam's two averages (16 bytes a parameter), the reference float32
+    weights. Caches and activations take turns. Activations: what the backward pass keeps of args.micro_tokens tokens,
+    counted from the operations of model.Layer, in float32, attention itself without its (T, T) weights.
+    """
+    small, large = parameters(slm), parameters(llm)
+    rows = min(args.batch, args.questions_per_step * args.group)
+    tokens = rows * (args.prompt_tokens + args.max_new_tokens)
+    q, kv = slm.heads * slm.head_dim, slm.kv_heads * slm.head_dim
+    inside = 6 * slm.hidden + 8 * q + 8 * kv + 5 * slm.ffn                  # floats a token and layer
+    kept = slm.hidden * slm.layers + inside if args.checkpointing else inside * slm.layers
+    head = 4 * 4 * min(args.micro_tokens * slm.vocab_size, HEAD)            # of a chunk: logits, log-softmax, slopes
+    parts = dict(policy=16 * small, reference=4 * small, llm=llm_bytes * large,
+                 caches=tokens * (cache_bytes(slm, 4) + cache_bytes(llm, llm_bytes)),
+                 learning=4 * args.micro_tokens * kept + head)
+    return parts | dict(peak=sum(parts.values()) - min(parts["caches"], parts["learning"]))
+
+
+def hours_needed(slm, llm, args, length, rho, flops, bandwidth, llm_bytes=2):
+    """{what: hours} of a whole GRPO run on one GPU, from two Configs: an estimate to plan with, nothing more.
+
+    length: tokens of a mean response (the longest of a batch: args.max_new_tokens). rho: the LLM's share of them.
+    flops, bandwidth: operations and bytes a second that the GPU reaches in practice. A token costs two operations a
+    parameter (forward), twice that backward; a decoding step reads all weights and all caches once.
+    """
+    small, large = parameters(slm), parameters(llm)
+    rows, longest = args.questions_per_step * args.group, args.max_new_tokens
+    steps = args.steps * math.ceil(rows / args.batch) * longest             # of decoding, of all of a batch's rows
+    held = min(rows, args.batch) * (args.prompt_tokens + length / 2)        # tokens in the caches, on average
+    learned = args.steps * rows * (args.prompt_tokens / args.group + length)
+    answers = math.ceil(args.pool * args.filter_samples / args.batch) * longest    # steps of the LLM for the filter
+    seconds = dict(
+        filter=answers * (llm_bytes * large + held * cache_bytes(llm, llm_bytes)) / bandwidth,
+        sampling=steps * (4 * small + held * cache_bytes(slm, 4)) / bandwidth,
+        calls=steps * rho * llm_bytes * large / bandwidth + 2 * large * learned / flops,
+        learning=2 * small * learned * (4 + args.checkpointing) / flops)    # policy: 3, reference: 1
+    return {what: s / 3600 for what, s in seconds.items()} | dict(all=sum(seconds.values()) / 3600)
