@@ -39,7 +39,7 @@ import numpy as np
 import torch
 
 from data import load_questions, split_of, toy_questions
-from model import Transformer, load, weight_files, write_beside, write_json
+from model import Transformer, fingerprint, load, write_beside, write_json
 from relay import (COMMAND, Call, Rollout, Run, WrongArguments, command, figures, fill_in, is_right, load_pair, machine,
                    means, parser, positive, relay, run_script, show_presets)
 from warmup import progress_bar
@@ -58,17 +58,6 @@ VARIANTS = {                                     # directory in the run: the fla
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers: each is written once, and kept in RUN/eval/answers.jsonl
-
-@functools.cache
-def fingerprint(directory):
-    """A hash of a model's weights: answers of another model are never taken for this one's."""
-    digest = hashlib.sha256()
-    for path in weight_files(directory):
-        with open(path, "rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
-
 
 class Answers:
     """answers.jsonl: a line an answer, under a key of all that decides it. An interrupted evaluation goes on there."""
@@ -332,7 +321,7 @@ class Table:
     def __init__(self, paths, device, dtype, questions, answers, args):
         """paths: {name: model directory}, at least slm and llm."""
         self.paths, self.questions, self.answers, self.args = paths, questions, answers, args
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.fingerprint = device, dtype, functools.cache(fingerprint)
         slm, llm, self.tokenizer = load_pair(paths["slm"], paths["llm"], device, dtype, dtype)
         self.models = dict(slm=slm, llm=llm)                   # any other is loaded for each of its rows
         self.rows, self.right = {}, {}                         # of each method; right: a share for each question
@@ -343,7 +332,7 @@ class Table:
         repeat = 1 if questions else args.repeat
         models = (self.models.get(writer) or load(self.paths[writer], self.device, self.dtype),
                   self.models.get(helper))
-        marks = [fingerprint(self.paths[name]) if name else None for name in (writer, helper)]
+        marks = [self.fingerprint(self.paths[name]) if name else None for name in (writer, helper)]
         rollouts, seconds = self.answers.write(method, *models, marks, self.tokenizer, asked, repeat, args,
                                                 **options)
         if method == "llm":

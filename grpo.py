@@ -27,7 +27,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from model import load, read_json, save, write_beside, write_json
+from model import fingerprint, load, read_json, save, write_beside, write_json
 from relay import (Run, WrongArguments, at_least_zero, differing, figures, fill_in, is_right, load_pair, machine, means,
                    parser, positive, relay, run_script, show_presets)
 from warmup import (Example, adamw, add_up, apply_gradient, check_gpus, hear_signals, join_processes,
@@ -111,7 +111,7 @@ def update(policy, reference, optimizer, rollouts, advantage, known, lr, args):
     tokens, responses = add_up([sum(counts), sum(n > 0 for n in counts)], known.device)
     sums = dict(tokens=sum(counts), loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, difference=0.0)
     if tokens == 0:                                       # in every process: nobody takes a step
-        return sums | dict(norm=0.0)
+        return sums | dict(norm=None)
     weight = (1 / (torch.tensor(counts) * responses) if args.loss == "sequence"
               else torch.full([len(counts)], 1 / tokens))          # in the loss, of each token of a roll-out
     for batch in micro_batches(examples, args.micro_tokens):
@@ -185,12 +185,13 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
     parts |= group_figures(right, called, reward)
     parts |= {name: (sum(s[key] for s in sums), tokens) for name, key in
               (("kl", "kl"), ("clip_fraction", "clipped"), ("entropy", "entropy"))}
+    norms = [s["norm"] for s in sums if s["norm"] is not None]     # of the updates that had something to learn
+    taken = [norm for norm in norms if math.isfinite(norm)]
     # Each process divided its loss by the tokens of all: its parts are added up, and the updates counted once.
-    parts["loss"] = sum(s["loss"] for s in sums), len(sums) if rank == 0 else 0
+    parts["loss"] = sum(s["loss"] for s in sums), len(norms) if rank == 0 else 0
     numbers = add_up([number for pair in parts.values() for number in pair], known.device)
     metrics = dict(step=step) | means(dict(zip(parts, zip(numbers[0::2], numbers[1::2]))))
-    norms = [s["norm"] for s in sums if math.isfinite(s["norm"])]
-    metrics |= dict(grad_norm=max(norms, default=math.nan), skipped=len(sums) - len(norms),
+    metrics |= dict(grad_norm=max(taken, default=math.nan), skipped=len(norms) - len(taken),
                     sampler_learner_difference=next((s["difference"] for s in sums if s["tokens"]), 0.0), lr=lr,
                     sample_seconds=middle - start, learn_seconds=time.perf_counter() - middle)
     return metrics, groups
@@ -239,7 +240,7 @@ TOY = dict(temperature=0.7, max_new_tokens=96, steps=60, questions_per_step=16, 
            pool=640, filter_samples=2, decay=True, ramp=20, skip_equal=True, micro_tokens=3000,
            checkpointing=False, eval_every=20)
 PAPER = dict(temperature=1.0, max_new_tokens=8192, steps=100, questions_per_step=128, group=8, lr=1e-6, updates=4,
-             pool=17000, filter_samples=10, decay=False, ramp=1, skip_equal=False, micro_tokens=16384,
+             pool=17000, filter_samples=10, decay=False, ramp=1, skip_equal=False, micro_tokens=4096,
              checkpointing=True, eval_every=20)
 
 
@@ -254,14 +255,16 @@ def arguments():
     g.add_argument("--kl", type=at_least_zero(float), default=0.01,
                    help="weight of the KL to the warmed-up model (0.01, as in RelayLLM; GRPO, arXiv 2402.03300)")
     g.add_argument("--reward", choices=["difficulty", "simple"], default="difficulty",
-                   help="RelayLLM's difficulty-aware reward, or accuracy - rho")
-    g.add_argument("--updates", type=positive(int), help="parts into which a step's questions are cut, one update each")
+                   help="RelayLLM's difficulty-aware reward (arXiv 2601.05167, section 4.2; the default), or accuracy "
+                        "- rho")
+    g.add_argument("--updates", type=positive(int),
+                   help="parts of a step's questions, one update each (PPO, arXiv 1707.06347)")
     g.add_argument("--clip-low", type=at_least_zero(float), default=0.2,
                    help="PPO's clip below 1 (0.2, the public code's; arXiv 1707.06347)")
     g.add_argument("--clip-high", type=at_least_zero(float), default=0.3,
                    help="and above (0.3, the public code's; two bounds: DAPO, arXiv 2503.14476)")
     g.add_argument("--loss", choices=["token", "sequence"], default="token",
-                   help="mean over all tokens (DAPO), or of each response's mean (GRPO, arXiv 2402.03300)")
+                   help="mean over all tokens (the default; DAPO, arXiv 2503.14476), or of each response's mean (GRPO)")
     g.add_argument("--no-std", dest="scale_by_std", action="store_false",
                    help="do not divide advantages by the group's std (Dr. GRPO, arXiv 2503.20783)")
     g.add_argument("--llm-temperature", type=at_least_zero(float), default=0.7,
@@ -309,8 +312,7 @@ def save_checkpoint(out, history, policy, optimizer, source, settings):
     try:
         write_beside(folder / "optimizer.pt", lambda file: torch.save(optimizer.state_dict(), file))
     except RuntimeError as error:                      # how torch.save() says that the disk is full
-        raise ValueError(f"{folder}: cannot be written ({str(error).splitlines()[0]}); the checkpoint before it is "
-                         "kept") from None
+        raise ValueError(f"{folder}: cannot be written; is the disk full? ({str(error).splitlines()[0]})") from None
     write_json(out / "checkpoint.json", dict(settings=settings, history=history))
     for old in out.glob("checkpoint-*"):
         if old != folder:
@@ -331,10 +333,20 @@ def last_checkpoint(out, settings):
     return history, out / f"checkpoint-{len(history)}"
 
 
+def clean_up(out):
+    """Take away the checkpoints of a training that is finished."""
+    (out / "checkpoint.json").unlink(missing_ok=True)
+    for old in out.glob("checkpoint-*"):
+        shutil.rmtree(old)
+
+
 def load_optimizer(optimizer, file):
     """Its state, read on the CPU; load_state_dict() brings it to the device, and the copy is freed."""
     try:
         optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        for p, state in optimizer.state.items():
+            if state["exp_avg"].shape != p.shape:      # which load_state_dict() does not look at
+                raise ValueError
     except OSError:
         raise
     except Exception as error:                 # what a damaged file raises depends on where the damage is
@@ -436,7 +448,8 @@ def train(history, questions, held_out, policy, reference, llm, tokenizer, optim
             if warning and warning != told:
                 tqdm.write(warning)
                 told = warning
-            bad = bad + 1 if metrics["skipped"] == args.updates else 0
+            if metrics["skipped"] or math.isfinite(metrics["grad_norm"]):      # else there was nothing to learn
+                bad = 0 if math.isfinite(metrics["grad_norm"]) else bad + 1
             if bad == 5:                       # the policy is that of the last step that was taken
                 raise ValueError("5 steps in a row had no finite gradient; what was saved before is kept, and --resume "
                                  "goes on from there; try a smaller --lr in a new run")
@@ -459,8 +472,9 @@ def starting_point(run, out, chosen, args):
     size = max(args.gpus, world()[1])
     if size > 1 and args.batch_scenarios:
         raise WrongArguments("--batch-scenarios looks at all roll-outs of a step at once: use one process")
-    if size > args.questions_per_step:
-        raise WrongArguments(f"--questions-per-step {args.questions_per_step}: too few for {size} processes")
+    if max(size, args.updates) > args.questions_per_step:
+        raise WrongArguments(f"--questions-per-step {args.questions_per_step}: too few for {size} processes, "
+                             f"{args.updates} updates")
     return last_checkpoint(out, chosen)
 
 
@@ -470,14 +484,17 @@ def main():
     if not run.has("warmup"):
         raise ValueError(f"{run.path} holds no warm-up yet; run: python warmup.py --run {run.path}")
     fill_in(args, TOY if run.toy else PAPER)
-    out, source, chosen = run.path / args.variant, args.slm or run.path / "warmup", settings(args)
+    out, source = run.path / args.variant, args.slm or run.path / "warmup"
     if run.has(args.variant) and args.resume:
+        clean_up(out)
         print(f"{out} is finished; next: python eval.py --run {run.path}")
         return
+    questions, held_out = training_questions(args, run.toy, "grpo", args.pool, args.eval_questions)
+    texts = hashlib.sha256(json.dumps([q.text for q in questions]).encode()).hexdigest()
+    chosen = settings(args) | dict(weights_at_start=fingerprint(source)[:12], question_texts=texts[:12])
     history, folder = starting_point(run, out, chosen, args)
     done = len(history)
     run.open()
-    questions, held_out = training_questions(args, run.toy, "grpo", args.pool, args.eval_questions)
     start_processes(args.gpus)
     device, frozen = machine(args, run.toy)
     join_processes(device)
@@ -486,6 +503,8 @@ def main():
                                        torch.float32, frozen)
     policy.checkpointing = args.checkpointing
     reference = load(source, device)
+    if policy.config != reference.config:
+        raise ValueError(f"{folder}: its model is not of the shape of {source}")
     optimizer = adamw(policy, args.lr)
     if folder:
         load_optimizer(optimizer, folder / "optimizer.pt")
@@ -518,8 +537,7 @@ def main():
     if rank == 0:
         save(policy, out, source)
         run.finish(args.variant, chosen)
-        for old in [out / "checkpoint.json", *out.glob("checkpoint-*")]:
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        clean_up(out)
     wait_for_all()
     tokens = sum(m["length"] for m in history[done:]) * args.questions_per_step * args.group
     rate = lambda key: tokens / max(1e-9, sum(m[key] for m in history[done:]))

@@ -22,11 +22,11 @@ Left out: dropout (neither stage uses it); mixture of experts, sliding windows, 
 that the paper uses need none of them).
 Sources: RMSNorm (arXiv 1910.07467), RoPE (2104.09864), grouped-query attention (2305.13245), SwiGLU (2002.05202).
 """
+import hashlib
 import json
 import math
 import mmap
 import os
-import shutil
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -524,6 +524,16 @@ def weight_files(path):
     return [path / name for name in sorted(set(names.values()))]
 
 
+def fingerprint(path):
+    """A hash of a model directory's weights: tells one model from another, wherever they lie."""
+    digest = hashlib.sha256()
+    for file in weight_files(path):
+        with open(file, "rb") as data:
+            while block := data.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
 def as_bytes(tensor):
     """A view of a contiguous tensor, (its size in bytes,) uint8."""
     return tensor.reshape(-1).view(torch.uint8)
@@ -591,6 +601,8 @@ def write_beside(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:                    # such as a full disk, which does not say of which file it speaks
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         beside.unlink(missing_ok=True)
 
@@ -627,7 +639,7 @@ def save(model, path, source=None):
         for file in sorted(Path(source).iterdir()):
             if file.is_file() and "safetensors" not in file.name and file.name != "config.json" and (
                     file.suffix in (".json", ".jinja", ".txt") or file.name == "tokenizer.model"):
-                shutil.copyfile(file, path / file.name)
+                write_beside(path / file.name, lambda copy: copy.write(file.read_bytes()))
     config = dict(model.config.raw, dtype=str(model.embed.weight.dtype).removeprefix("torch."),
                   tie_word_embeddings=model.config.tied)   # where it is absent, transformers expects an lm_head
     config.pop("torch_dtype", None)             # the older name of dtype

@@ -29,6 +29,7 @@ import os
 import random
 import re
 import select
+import signal
 import sys
 import tempfile
 import time
@@ -606,6 +607,7 @@ def load_pair(slm_path, llm_path, device, slm_dtype, llm_dtype):
 def run_script(main):
     """Run a script's main(): a user's mistake or bad data ends in one line, never in a traceback."""
     name = Path(sys.argv[0]).name
+    signal.signal(signal.SIGTERM, signal.default_int_handler)        # as schedulers send it: like Ctrl-C
     with suppress(AttributeError):
         sys.stdout.reconfigure(errors="replace")                     # whatever a model writes can be printed
         sys.stdin.reconfigure(errors="replace")                      # and whatever is piped in be read

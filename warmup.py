@@ -23,6 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -80,12 +81,24 @@ def hear_signals(handler):
         signal.signal(name, handler)
 
 
+def end_with_parent():
+    """From now on this process ends when the one that started it does: one that is killed could not end it itself."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def join_processes(device):
     """Meet the other processes. Only the first one prints."""
     rank, size = world()
     if device == "cpu" and rank == 0:
         print(f"no GPU is used: running on the CPU, {size} process{'es' if size > 1 else ''}")
     if size > 1:
+        end_with_parent()                      # else it would go on to write into a run that has been resumed
         if device.startswith("cuda"):
             torch.cuda.set_device(device)      # all_gather_object() sends over the current device
         distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=7))
@@ -196,6 +209,8 @@ def short(questions, tokenizer, slm, llm):
     kept = [q for q in questions if len(tokenizer.chat(q.text)) <= most]
     if longer := len(questions) - len(kept):
         print(f"left out: {longer} of {len(questions)} questions, whose prompts have over {most} tokens")
+        if not kept:
+            raise ValueError("no question is left; give shorter ones, or models with a longer context")
     return kept
 
 
@@ -354,6 +369,7 @@ def pretrain(rank, jobs, batch=32):
     """Train a model of the toy pair from scratch on worked solutions. jobs[rank]: (name, directory, steps, seed)."""
     name, directory, steps, seed = jobs[rank]
     if multiprocessing.parent_process():
+        end_with_parent()
         os.environ.update(RANK="0", WORLD_SIZE="1")        # whatever the parent is one of, this model has one process
     small_models()
     tokenizer = Tokenizer(directory)
@@ -380,7 +396,10 @@ def pretrain_pair(run, args):
     made_with = {name: dict(steps=steps, seed=args.seed)
                  for name, steps in (("slm", args.slm_steps), ("llm", args.llm_steps))}
     missing = [name for name in made_with if not run.finished(f"pretrain {name}", made_with[name])]
-    for name in missing:
+    for name in made_with:
+        if name not in missing:
+            print(f"{run.path / name} is there already")
+            continue
         save_toy_tokenizer(run.path / name)
     jobs = [(name, run.path / name, *made_with[name].values()) for name in missing]
     try:
@@ -431,7 +450,7 @@ def warm_up(model, tokenizer, rollouts, args):
 TOY = dict(temperature=0.7, max_new_tokens=96, samples=3000, epochs=4, lr=2e-3, batch_size=32, max_n=9,
            micro_tokens=1500, checkpointing=False)
 PAPER = dict(temperature=0.7, max_new_tokens=2048, samples=10000, epochs=1, lr=1e-5, batch_size=16, max_n=9000,
-             micro_tokens=16384, checkpointing=True)
+             micro_tokens=4096, checkpointing=True)
 
 
 def arguments():

@@ -430,7 +430,7 @@ def learning(bench):
     torch.set_num_threads(threads)
     shape = dict(SHAPES["toy"]) if bench.quick else dict(SHAPES["qwen0.5b"], tie_word_embeddings=True)
     config, size = parse_config(shape, "qwen0.5b"), 16 * parameters(parse_config(shape, "qwen0.5b"))
-    peak, said = memory_of_updates(config, 16, bench.size(512, 32), micro_tokens=2048, checkpointing=True)
+    peak, said = memory_of_updates(config, 16, bench.size(512, 32), micro_tokens=4096, checkpointing=True)
     bench.add("learning step, Qwen 0.5B shape, 16 x 512", torch.float32, f"{peak / 2**30:.1f} GiB at most",
               f"{size / 2**30:.1f} GiB", "policy, gradient, Adam")
     bench.notes.append(f"learning step: {peak / size:.2f} times policy, gradient and Adam's averages (the reference "

@@ -1,8 +1,21 @@
-"""Memory and hours that a run of GRPO needs: what README.md's table is made of (test_scripts.py compares them)."""
-import math
+"""Memory and hours that a run of GRPO needs: README.md's table, and for any pair
 
-from eval import parameters
-from warmup import HEAD
+    python tests/needs.py --slm Qwen3-1.7B --llm Qwen3-8B
+
+(config.json of each is enough). The settings are the paper's preset, but for the flags below.
+"""
+import argparse
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from eval import parameters  # noqa: E402
+from grpo import PAPER  # noqa: E402
+from model import read_config  # noqa: E402
+from relay import run_script  # noqa: E402
+from warmup import HEAD  # noqa: E402
 
 
 def cache_bytes(config, size):
@@ -49,3 +62,25 @@ def hours_needed(slm, llm, args, length, rho, flops, bandwidth, llm_bytes=2):
         calls=steps * rho * llm_bytes * large / bandwidth + 2 * large * learned / flops,
         learning=2 * small * learned * (4 + args.checkpointing) / flops)    # policy: 3, reference: 1
     return {what: s / 3600 for what, s in seconds.items()} | dict(all=sum(seconds.values()) / 3600)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--slm", type=Path, required=True)
+    p.add_argument("--llm", type=Path, required=True)
+    for flag, value, text in (
+            ("--batch", 32, "roll-outs decoded at once"), ("--max-new-tokens", 2000, "budget of a response"),
+            ("--prompt-tokens", 500, "longest prompt"), ("--length", 800, "tokens of a mean response"),
+            ("--rho", 0.02, "the LLM's share of them"), ("--tflops", 100, "that the GPU reaches, in TF32"),
+            ("--tbytes", 2, "terabytes a second from its memory")):
+        p.add_argument(flag, type=type(value), default=value, help=f"{text} ({value})")
+    given = p.parse_args()
+    args = SimpleNamespace(**PAPER | vars(given))
+    small, large = read_config(given.slm), read_config(given.llm)
+    hours = hours_needed(small, large, args, args.length, args.rho, args.tflops * 1e12, args.tbytes * 1e12)
+    print("GiB: " + ", ".join(f"{what} {size / 2**30:.1f}" for what, size in memory_needed(small, large, args).items()))
+    print("hours, estimated: " + ", ".join(f"{what} {value:.1f}" for what, value in hours.items()))
+
+
+if __name__ == "__main__":
+    run_script(main)
