@@ -2,6 +2,7 @@
 import copy
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -23,7 +24,7 @@ from data import Tokenizer, save_toy_tokenizer, toy_questions
 from grpo import advantages, examples_of, k3, last_checkpoint, policy_loss, rewards, save_checkpoint, update
 from model import Config, Transformer, load, parse_config, save
 from needs import memory_needed
-from relay import Call, Rollout, command, entropy, log_softmax, relay, small_models
+from relay import Call, Rollout, WrongArguments, command, entropy, log_softmax, relay, small_models
 from warmup import adamw, join_processes, token_logprobs, warm_up
 
 
@@ -380,7 +381,7 @@ def test_without_tokens_of_the_slm_the_optimizer_is_not_touched(letters):
     optimizer.step = optimizer.zero_grad = lambda *args, **options: pytest.fail("the optimizer was used")
     sums = update(policy, reference, optimizer, [Rollout([97], [98, 99], [True, True], [0.0, 0.0])], torch.ones(1),
                   torch.tensor(tokenizer.known), 1.0, settings())
-    assert sums["tokens"] == 0 and sums["norm"] == 0
+    assert sums["tokens"] == 0 and sums["norm"] is None
 
 
 def test_every_pass_over_the_pool_asks_every_question_once():
@@ -572,6 +573,48 @@ def test_a_run_that_is_killed_and_stopped_ends_with_the_same_bytes(warmed_up, tm
     assert "finished" in capsys.readouterr().out
 
 
+def test_a_checkpoint_of_another_start_or_model_is_refused(warmed_up, tmp_path, monkeypatch, capsys):
+    """A warm-up made anew, other questions in the file, another model's weights: it went on, or ended in a traceback."""
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(dict(problem=f"What is {i}?", answer=i)) + "\n" for i in range(30)))
+    process = started(warmed_up, "--questions", file)
+    wait_for_lines(warmed_up, 4, process)
+    process.kill()
+    process.communicate()
+    state = json.loads((warmed_up / "grpo" / "checkpoint.json").read_text())
+    folder = warmed_up / "grpo" / f"checkpoint-{len(state['history'])}"
+
+    def other(directory, hidden):
+        config = json.loads((directory / "config.json").read_text()) | dict(hidden_size=hidden)
+        save(Transformer(parse_config(config, "tiny")).initialize(9), directory)
+
+    for where, fault in ((warmed_up / "warmup", "weights_at_start"), (folder, "shape")):
+        kept = shutil.copytree(where, tmp_path / "kept", dirs_exist_ok=True)
+        other(where, 24)
+        with pytest.raises(ValueError, match=fault):
+            called(monkeypatch, warmed_up, "--questions", str(file), "--resume")
+        shutil.copytree(kept, where, dirs_exist_ok=True)
+        shutil.rmtree(kept)
+    file.write_text(file.read_text().replace("What is", "How much is"))
+    with pytest.raises(ValueError, match="question_texts"):
+        called(monkeypatch, warmed_up, "--questions", str(file), "--resume")
+    with pytest.raises(WrongArguments, match="5 updates"):
+        called(monkeypatch, warmed_up, "--updates", "5", "--resume")
+
+
+def test_an_optimizer_of_a_model_of_another_shape_is_refused(tmp_path):
+    """Two models of one family have the same number of tensors, which is all that load_state_dict() compares."""
+    small, large = (adamw(tiny("qwen3", hidden_size=n), 1e-3) for n in (16, 24))
+    for group in small.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    small.step()
+    torch.save(small.state_dict(), tmp_path / "optimizer.pt")
+    grpo.load_optimizer(small, tmp_path / "optimizer.pt")
+    with pytest.raises(ValueError, match="not of this run"):
+        grpo.load_optimizer(large, tmp_path / "optimizer.pt")
+
+
 def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(toy, tmp_path, monkeypatch):
     """Overwriting the last checkpoint, or naming the new one before it is whole, loses both."""
     save_toy_tokenizer(tmp_path / "source")
@@ -582,7 +625,7 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(toy, tmp_path,
             raise KeyboardInterrupt
         real(*args)
 
-    for at in range(5):
+    for at in range(8):
         out = tmp_path / str(at)
         out.mkdir()
         save_checkpoint(out, STEPS[:1], toy[1], adamw(toy[1], 1e-3), tmp_path / "source", dict(lr=1))
@@ -594,7 +637,7 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(toy, tmp_path,
             pass
         monkeypatch.setattr(os, "replace", real)
         history, folder = last_checkpoint(out, dict(lr=1))
-        assert history == STEPS[:2 if at == 4 else 1]      # four files are moved into place
+        assert history == STEPS[:2 if at == 7 else 1]      # seven files are moved into place
         load(folder)
         grpo.load_optimizer(adamw(toy[1], 1e-3), folder / "optimizer.pt")
 
@@ -650,16 +693,20 @@ def test_updates_without_a_finite_gradient_are_counted(monkeypatch):
     assert metrics["skipped"] == 1 and played(monkeypatch, groups)[0]["skipped"] == 0
 
 
-def trained(monkeypatch, skipped):
-    """train() over steps of which these many updates were skipped, on nothing: (steps done, steps that were kept)."""
+def trained(monkeypatch, norms):
+    """train() over steps whose updates had these gradient norms, on nothing: (steps done, steps that were kept).
+
+    nan: skipped. None: an update without anything to learn.
+    """
     def step(step, *rest):
-        return dict(step=step, accuracy=0.5, call_rate=0.5, rho=0.1, asked=None, length=9.0, skipped=skipped[step - 1],
-                    reward=float("nan")), []
+        norm = norms[step - 1]
+        return dict(step=step, accuracy=0.5, call_rate=0.5, rho=0.1, asked=None, length=9.0, reward=float("nan"),
+                    grad_norm=math.nan if norm is None else norm, skipped=int(norm is not None and norm != norm)), []
 
     history, kept = [], []
 
     monkeypatch.setattr(grpo, "train_step", step)
-    args = settings(steps=len(skipped), questions_per_step=1, lr=1e-3, ramp=1, decay=False, eval_every=0, updates=1,
+    args = settings(steps=len(norms), questions_per_step=1, lr=1e-3, ramp=1, decay=False, eval_every=0, updates=1,
                     save_every=1, seed=0)
     try:
         grpo.train(history, ["a", "b"], [], tiny("qwen3"), None, None, ByteTokenizer(), None,
@@ -672,8 +719,10 @@ def trained(monkeypatch, skipped):
 
 def test_five_steps_in_a_row_without_a_finite_gradient_end_the_run(monkeypatch):
     """It went on for days with weights that no longer moved. Four in a row, and then a good one, are bad luck."""
-    assert trained(monkeypatch, [1, 1, 1, 1, 0, 1, 1, 1, 1]) == (9, [1, 2, 3, 4, 5, 6, 7, 8])
-    assert trained(monkeypatch, [0, 1, 1, 1, 1, 1, 0]) == (6, [1, 2, 3, 4, 5])      # nothing is kept of the last one
+    bad = math.nan
+    assert trained(monkeypatch, [bad] * 4 + [1.0] + [bad] * 4) == (9, [1, 2, 3, 4, 5, 6, 7, 8])
+    assert trained(monkeypatch, [1.0] + [bad] * 5 + [1.0]) == (6, [1, 2, 3, 4, 5])  # nothing is kept of the last one
+    assert trained(monkeypatch, [bad, None, bad, bad, None, bad, bad, 1.0])[0] == 7      # nor is nothing to learn a cure
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the list of children from Linux's /proc")
@@ -686,6 +735,22 @@ def test_a_process_that_dies_ends_the_others(warmed_up):
     process.communicate(timeout=60)
     assert process.returncode == 1
     assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the list of children from Linux's /proc")
+def test_processes_end_when_the_one_that_started_them_is_killed(warmed_up):
+    """They trained on, and deleted the checkpoints under the run that had been resumed meanwhile."""
+    process = started(warmed_up, "--gpus", "2", "--steps", "10000")
+    wait_for_lines(warmed_up, 3, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    alive = lambda child: Path(f"/proc/{child}/exe").is_symlink() and os.path.exists(f"/proc/{child}/exe")
+    for _ in range(600):
+        if not any(map(alive, children)):
+            break
+        time.sleep(0.1)
+    assert not any(map(alive, children))
 
 
 def test_more_gpus_than_there_are_is_one_line(monkeypatch, capsys):
