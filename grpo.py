@@ -499,8 +499,8 @@ def main():
     device, frozen = machine(args, run.toy)
     join_processes(device)
     rank, _ = world()
-    policy, llm, tokenizer = load_pair(folder or source, args.llm or run.directory("llm"), device,
-                                       torch.float32, frozen)
+    llm = args.llm or run.directory("llm")
+    policy, llm, tokenizer = load_pair(folder or source, llm, device, torch.float32, frozen)
     policy.checkpointing = args.checkpointing
     reference = load(source, device)
     if policy.config != reference.config:
@@ -524,9 +524,8 @@ def main():
 
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "metrics.jsonl").unlink(missing_ok=True)    # steps after the checkpoint are done again
-    for metrics in history:
-        log(metrics)
+        lines = "".join(json.dumps(metrics) + "\n" for metrics in history)     # steps after these are done again
+        write_beside(out / "metrics.jsonl", lambda file: file.write(lines.encode()))
     train(history, questions, held_out, policy, reference, None if args.no_teacher else llm, tokenizer, optimizer,
           Signals(), keep, log, args)
     if len(history) < args.steps:

@@ -483,7 +483,8 @@ def parser(description, example):
     g.add_argument("--max-new-tokens", type=positive(int), metavar="N", help="budget of a response, in tokens")
     g = p.add_argument_group("on which machine")
     g.add_argument("--batch", type=positive(int), default=256, metavar="ROWS", help="roll-outs decoded at once (256)")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
+    g.add_argument("--device", default="auto",
+                   help="auto, cpu, cuda, cuda:1, mps (auto: CUDA where there is one, but the CPU for the toy)")
     g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
                    help="of frozen models (auto: bfloat16 where the hardware has it, but float32 for the toy); what is "
                         "trained, and its reference, are in float32")
@@ -571,11 +572,10 @@ def machine(args, toy=False):
     """(device, dtype of the models that are not trained) that --device and --dtype ask for; the toy's is float32."""
     if toy:
         small_models()
-    device = "cpu" if toy and args.device == "auto" else args.device       # so small a model waits for a GPU
-    if device == "auto":
-        alone = os.environ.get("WORLD_SIZE", "1") == "1"             # processes cannot share a Mac's GPU
-        device = "mps" if torch.backends.mps.is_available() and alone else "cpu"
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else device
+    device = args.device
+    if device == "auto":                                 # a Mac's GPU only if asked for: README.md says why
+        gpu = torch.cuda.is_available() and not toy      # so small a model would wait for it
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):

@@ -505,8 +505,7 @@ def main():
     if args.toy and first:
         pretrain_pair(run, args)
     wait_for_all()
-    slm, llm, tokenizer = load_pair(run.directory("slm"), run.directory("llm"), device, torch.float32,
-                                    frozen)
+    slm, llm, tokenizer = load_pair(run.directory("slm"), run.directory("llm"), device, torch.float32, frozen)
     start = time.perf_counter()
     pool, check = short(pool, tokenizer, slm, llm), short(check, tokenizer, slm, llm)
     own = write_answers(slm, None, tokenizer, pool, args, "sample", temperature=1.0)    # its own distribution
