@@ -273,15 +273,15 @@ def pack(examples, device):
     return tokens, Grid(take, put), at, targets
 
 
-HEAD = 2**26      # logits that pass the output head at once: 256 MiB in float32
+HEAD = 2**26      # logits in memory at once: 256 MiB in float32
 
 
 def token_logprobs(model, examples, known, temperature=1.0, entropies=False, chunk=None):
     """Log-probabilities of all learned tokens, (n,), example by example, and the entropies there (n,), no gradient.
 
-    Only the positions that predict a learned token pass the output head: all at once, or where that would be over HEAD
-    logits, `chunk` at a time (default: HEAD / 4 logits). Each chunk's logits are computed again in the backward pass:
-    with a vocabulary of 152k a batch's would not fit.
+    Only the positions that predict a learned token pass the output head, `chunk` at a time (default: HEAD logits).
+    Where there are several chunks, each one's logits are computed again in the backward pass: with a vocabulary of 152k
+    a batch's would not fit.
     """
     tokens, grid, at, targets = pack(examples, model.embed.weight.device)
     hidden = F.embedding(at, model.hidden(tokens, grid=grid))                  # (n, hidden)
@@ -290,8 +290,7 @@ def token_logprobs(model, examples, known, temperature=1.0, entropies=False, chu
         logprobs = log_softmax(model.logits(hidden), known, temperature)
         return logprobs.gather(-1, targets[:, None])[:, 0], entropy(logprobs.detach()) if entropies else None
 
-    width = model.config.vocab_size
-    chunk = chunk or max(1, len(at) if len(at) * width <= HEAD else HEAD // 4 // width)
+    chunk = chunk or max(1, HEAD // model.config.vocab_size)
     parts = list(zip(hidden.split(chunk), targets.split(chunk)))
     parts = [head(*part) if len(parts) == 1 else checkpoint(head, *part, use_reentrant=False) for part in parts]
     return torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts]) if entropies else None

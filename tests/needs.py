@@ -36,8 +36,7 @@ def memory_needed(slm, llm, args, llm_bytes=2):
     q, kv = slm.heads * slm.head_dim, slm.kv_heads * slm.head_dim
     inside = 6 * slm.hidden + 8 * q + 8 * kv + 5 * slm.ffn                  # floats a token and layer
     kept = slm.hidden * slm.layers + inside if args.checkpointing else inside * slm.layers
-    logits = args.micro_tokens * slm.vocab_size
-    head = 4 * 4 * (logits if logits <= HEAD else HEAD // 4)                # of a chunk: logits, log-softmax, slopes
+    head = 4 * 4 * min(args.micro_tokens * slm.vocab_size, HEAD)            # of a chunk: logits, log-softmax, slopes
     parts = dict(policy=16 * small, reference=4 * small, llm=llm_bytes * large,
                  caches=tokens * (cache_bytes(slm, 4) + cache_bytes(llm, llm_bytes)),
                  learning=4 * args.micro_tokens * kept + head)
