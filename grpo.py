@@ -28,8 +28,8 @@ import torch
 from tqdm import tqdm
 
 from model import fingerprint, load, read_json, save, write_beside, write_json
-from relay import (Run, WrongArguments, at_least_zero, differing, figures, fill_in, is_right, load_pair, machine, means,
-                   parser, positive, relay, run_script, show_presets)
+from relay import (Run, WrongArguments, at_least_zero, differing, figures, fill_in, graded, is_right, load_pair,
+                   machine, means, parser, positive, relay, run_script, show_presets)
 from warmup import (Example, adamw, add_up, apply_gradient, check_gpus, hear_signals, join_processes,
                     machine_arguments, micro_batches, progress_bar, settings, start_processes, token_logprobs,
                     short, training_questions, wait_for_all, world, write_answers)
@@ -412,7 +412,7 @@ def held_out_check(questions, policy, llm, tokenizer, args):
         return {}
     rollouts = write_answers(policy, llm, tokenizer, questions, args, "check", temperature=0.7,    # as the toy's table
                              llm_temperature=args.llm_temperature)
-    shown = means(figures([is_right(q, r, tokenizer) for q, r in zip(questions, rollouts)], rollouts))
+    shown = graded(questions, rollouts, tokenizer)
     return {f"eval_{name}": shown[name] for name in ("accuracy", "call_rate", "rho")}
 
 
@@ -448,8 +448,10 @@ def train(history, questions, held_out, policy, reference, llm, tokenizer, optim
             if warning and warning != told:
                 tqdm.write(warning)
                 told = warning
-            if metrics["skipped"] or math.isfinite(metrics["grad_norm"]):      # else there was nothing to learn
-                bad = 0 if math.isfinite(metrics["grad_norm"]) else bad + 1
+            if math.isfinite(metrics["grad_norm"]):
+                bad = 0
+            elif metrics["skipped"]:           # else there was nothing to learn
+                bad += 1
             if bad == 5:                       # the policy is that of the last step that was taken
                 raise ValueError("5 steps in a row had no finite gradient; what was saved before is kept, and --resume "
                                  "goes on from there; try a smaller --lr in a new run")
@@ -499,8 +501,8 @@ def main():
     device, frozen = machine(args, run.toy)
     join_processes(device)
     rank, _ = world()
-    llm = args.llm or run.directory("llm")
-    policy, llm, tokenizer = load_pair(folder or source, llm, device, torch.float32, frozen)
+    llm_path = args.llm or run.directory("llm")
+    policy, llm, tokenizer = load_pair(folder or source, llm_path, device, torch.float32, frozen)
     policy.checkpointing = args.checkpointing
     reference = load(source, device)
     if policy.config != reference.config:

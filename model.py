@@ -602,7 +602,7 @@ def write_beside(path, write):
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:                    # such as a full disk, which does not say of which file it speaks
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
     finally:
         beside.unlink(missing_ok=True)
 

@@ -440,6 +440,11 @@ def means(sums):
     return {name: total / count if count else None for name, (total, count) in sums.items()}
 
 
+def graded(questions, rollouts, tokenizer):
+    """means() of the figures of answers, one to each question."""
+    return means(figures([is_right(q, r, tokenizer) for q, r in zip(questions, rollouts)], rollouts))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What all scripts share on the command line (skip it on a first reading)
 

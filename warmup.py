@@ -37,8 +37,8 @@ from tqdm import tqdm
 
 from data import Tokenizer, load_questions, save_toy_tokenizer, split_of, toy_questions, with_asides
 from model import Grid, Transformer, parse_config, read_config, save
-from relay import (Run, WrongArguments, command, entropy, figures, fill_in, is_right, load_pair, log_softmax, machine,
-                   means, parser, positive, relay, run_script, show_presets, small_models)
+from relay import (Run, WrongArguments, command, entropy, fill_in, graded, load_pair, log_softmax, machine, parser,
+                   positive, relay, run_script, show_presets, small_models)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared by both stages: data parallel training (skip it on a first reading)
@@ -397,10 +397,10 @@ def pretrain_pair(run, args):
                  for name, steps in (("slm", args.slm_steps), ("llm", args.llm_steps))}
     missing = [name for name in made_with if not run.finished(f"pretrain {name}", made_with[name])]
     for name in made_with:
-        if name not in missing:
+        if name in missing:
+            save_toy_tokenizer(run.path / name)
+        else:
             print(f"{run.path / name} is there already")
-            continue
-        save_toy_tokenizer(run.path / name)
     jobs = [(name, run.path / name, *made_with[name].values()) for name in missing]
     try:
         torch.multiprocessing.spawn(pretrain, (jobs,), nprocs=len(jobs))    # if one fails, both end
@@ -478,10 +478,9 @@ def arguments():
 
 
 def report(label, questions, rollouts, tokenizer):
-    shown = means(figures([is_right(q, r, tokenizer) for q, r in zip(questions, rollouts)], rollouts))
     if questions:
         print("{}: {accuracy:.1%} right, calls in {call_rate:.0%} of {} answers, rho {rho:.1%}".format(
-            label, len(questions), **shown))
+            label, len(questions), **graded(questions, rollouts, tokenizer)))
 
 
 def main():
