@@ -27,8 +27,9 @@ import json
 import math
 import mmap
 import os
+from collections import Counter
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ from torch.utils.checkpoint import checkpoint
 
 X86 = (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"))     # private: another release may not have it
+RECORD = 4      # on a GPU, the how-manieth decoding step is recorded: doing so takes as long as two steps without
 FAMILIES = ("qwen3", "qwen2", "llama")  # the model_type values of config.json that this transformer covers
 
 
@@ -154,7 +156,7 @@ class Layer(nn.Module):
             k, v, mask = past(k, v)                                            # (B, kv_heads, W, D), all tokens so far
             # All queries of a group see the same keys: stacked along the time axis they share them without a copy.
             y = F.scaled_dot_product_attention(q.reshape(B, c.kv_heads, group * T, c.head_dim), k, v, attn_mask=mask)
-            y = y.view(B, c.heads, T, c.head_dim)
+            y = y.reshape(B, c.heads, T, c.head_dim)
         y = y.transpose(1, 2).reshape(B, T, -1)
         return y if grid is None else F.embedding(grid.put, y.flatten(0, 1))   # and back to (N, ...)
 
@@ -195,10 +197,12 @@ class Transformer(nn.Module):
         B, T = tokens.shape if grid is None else grid.take.shape
         if self.freq is None or self.freq.device != tokens.device:
             self.freq = rope_frequencies(self.config).to(tokens.device)
-        position, past = torch.arange(T, device=tokens.device)[None], [None] * len(self.layers)    # position: (1, T)
-        if cache is not None:
-            position = torch.tensor(cache.lengths[:B], device=tokens.device)[:, None] + position   # (B, T)
-            past = cache.open(position, [T] * B if counts is None else counts)
+        if cache is None:
+            position, past = torch.arange(T, device=tokens.device)[None], [None] * len(self.layers)    # (1, T)
+        elif T == 1 and (step := cache.recorded(self, B)):
+            return step.replay(tokens)
+        else:
+            position, past = cache.open(T, [T] * B if counts is None else counts)                      # (B, T)
         angle = position[:, None, :, None].float() * self.freq                 # (B or 1, 1, T, D/2)
         x = self.embed(tokens)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -224,7 +228,9 @@ class Transformer(nn.Module):
         alone), which never makes its (T, V) logits.
         """
         x = self.hidden(tokens, cache, counts)
-        if last:
+        if last and x.shape[1] == 1:
+            x = x[:, 0]
+        elif last:
             at = [tokens.shape[1] - 1] * len(tokens) if counts is None else [n - 1 for n in counts]
             x = x[torch.arange(len(tokens), device=x.device), torch.tensor(at, device=x.device)]
         return self.logits(x)
@@ -282,8 +288,11 @@ class Cache:
     """
 
     def __init__(self, model, block=32):
-        self.config, self.block = model.config, block
+        self.config = model.config
         self.like = model.embed.weight          # for its device and dtype
+        self.records = self.like.is_cuda        # see Step
+        self.block = 128 if self.records else block
+        self.taken, self.steps = Counter(), {}  # slots -> decoding steps of so many, and their recording (see Step)
         self.rows = []                          # slot -> row
         self.lengths = []                       # slot -> tokens held
         self.layers = [self.like.new_zeros(2, 0, self.config.kv_heads, 0, self.config.head_dim)
@@ -297,6 +306,7 @@ class Cache:
             kept = min(capacity, old.shape[3])
             new[:, :n, :, :kept] = old[:, :n, :, :kept]
             self.layers[i] = new
+        self.taken, self.steps = Counter(), {}
 
     def arrange(self, rows):
         """Bring `rows` to the first slots (any order among them), new rows with length 0. Returns them slot by slot."""
@@ -338,35 +348,99 @@ class Cache:
         if len(kept) <= 0.8 * self.layers[0].shape[1]:
             self.resize(len(kept), max(self.lengths, default=0))
 
-    def open(self, position, counts):
-        """Make room for tokens at `position` (B, T), of which the first counts[i] of slot i are to stay. Returns for
-        each layer the function that its attention calls.
+    def open(self, T, counts):
+        """Make room for T more tokens in the first slots, of which the first counts[i] of slot i are to stay.
 
-        past(k, v) stores the new keys and values (B, kv_heads, T, D) and returns all of these rows, as views of the
-        cache, with the mask (B, 1, group * T or 1, W), which is added to the scores: a token sees its own row up to
-        itself. None when all see all. Mask and addresses are made here, once for all layers.
+        Returns their positions (B, T), and what each layer's attention calls (see access).
         """
-        (B, T), kv_heads, device = position.shape, self.config.kv_heads, position.device
-        width = max(self.lengths[:B]) + T
+        lengths, device = self.lengths[:len(counts)], self.like.device
+        width = max(lengths) + T
         if width > self.layers[0].shape[3]:
             self.resize(self.layers[0].shape[1], width)
+        self.lengths[:len(counts)] = [length + count for length, count in zip(lengths, counts)]
+        position = torch.tensor(lengths, device=device)[:, None] + torch.arange(T, device=device)
+        return position, self.access(position, width, masked=T > 1 or min(lengths) + 1 < width)
+
+    def access(self, position, width, masked=True):
+        """For tokens at `position` (B, T): for each layer the function that its attention calls.
+
+        past(k, v) stores the new keys and values (B, kv_heads, T, D) and returns the first `width` tokens of these
+        rows, as views of the cache, with the mask (B, 1, group * T or 1, width), which is added to the scores: a token
+        sees its own row up to itself. None when all see all. Mask and addresses are made once for all layers.
+        """
+        (B, T), kv_heads, device = position.shape, self.config.kv_heads, position.device
         slots, capacity = self.layers[0].shape[1], self.layers[0].shape[3]
         mask = None
-        if T > 1 or min(self.lengths[:B]) + 1 < width:
-            unseen = torch.arange(width, device=device) > position[:, :, None]                # (B, T, W)
+        if masked:
+            unseen = torch.arange(width, device=device) > position[:, :, None]                # (B, T, width)
             mask = torch.zeros(unseen.shape, dtype=self.like.dtype, device=device).masked_fill_(unseen, -torch.inf)
             mask = mask[:, None].repeat(1, 1, self.config.heads // kv_heads if T > 1 else 1, 1)
         # Flattened, a layer's cache is a list of vectors of D numbers; that of (key or value, slot, head, token) stands
         # at ((kind * slots + slot) * kv_heads + head) * capacity + token. So one index_copy_ stores all that is new.
         lists = torch.arange(2 * slots * kv_heads, device=device).view(2, slots, kv_heads, 1)[:, :B] * capacity
         address = (lists + position[:, None]).view(-1)                                        # of (2, B, kv_heads, T)
-        self.lengths[:B] = [length + count for length, count in zip(self.lengths, counts)]
 
         def past(kv, k, v):
             new = torch.stack((k, v))                                                         # (2, B, kv_heads, T, D)
             kv.view(-1, kv.shape[-1]).index_copy_(0, address, new.view(-1, kv.shape[-1]))
             return *kv[:, :B, :, :width], mask
         return [partial(past, kv) for kv in self.layers]
+
+    def recorded(self, model, B):
+        """On a CUDA GPU: the decoding step of the first B slots as a Step, from its fourth time on. Else None."""
+        if not self.records:
+            return None
+        slots, capacity = self.layers[0].shape[1], self.layers[0].shape[3]
+        rows = min(1 << (B - 1).bit_length(), slots)       # powers of two: few recordings serve any number of rows
+        if max(self.lengths[:rows]) == capacity:
+            self.resize(slots, capacity + 1)
+        self.taken[rows] += 1
+        if self.taken[rows] == RECORD:
+            self.steps[rows] = Step(model, self, rows)
+        return self.steps.get(rows)
+
+
+class Step:
+    """A decoding step, one token a row, recorded on a CUDA GPU and then replayed (a CUDA graph).
+
+    A step launches some 25 operations a layer. For a small model, and for few rows, the CPU takes several times as
+    long to launch them as the GPU to compute them; a graph is launched as one. It holds for the cache's tensors as they
+    are, so they grow in larger blocks there. Slots behind the rows of a batch compute too: what they store stands
+    behind their row's length, where its next token will overwrite it.
+    """
+
+    def __init__(self, model, cache, rows):
+        self.cache, self.graph = cache, torch.cuda.CUDAGraph()
+        self.tokens, self.position = torch.zeros(2, rows, 1, dtype=torch.int64, device=cache.like.device)
+        aside = side_stream(cache.like.device)             # nothing can be recorded on the default one
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            self.graph.capture_begin()
+            self.out = model.hidden(self.tokens, self)
+            self.graph.capture_end()
+        torch.cuda.current_stream().wait_stream(aside)
+
+    def recorded(self, model, B):
+        return None
+
+    def open(self, T, counts):
+        """Cache.open() while the step is recorded: all slots, the whole capacity."""
+        return self.position, self.cache.access(self.position, self.cache.layers[0].shape[3])
+
+    def replay(self, tokens):
+        """Transformer.hidden() of tokens (B, 1); what it returns the next replay overwrites."""
+        B, lengths = len(tokens), self.cache.lengths
+        here = lengths[:len(self.position)]
+        self.tokens[:B] = tokens
+        self.position[:len(here), 0] = torch.tensor(here)
+        self.graph.replay()
+        lengths[:B] = [length + 1 for length in lengths[:B]]
+        return self.out[:B]
+
+
+@lru_cache
+def side_stream(device):
+    return torch.cuda.Stream(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ clock), and an LLM behind a server (what it would have to offer is what Reader d
 import argparse
 import codecs
 import ctypes
+import math
 import os
 import random
 import re
@@ -335,16 +336,18 @@ def relay_batch(slm, llm, tokenizer, rows, *, tell, progress, temperature, llm_t
     llm_reader = Reader(llm, prompts) if llm is not None else None
 
     def draw(reader, turn, temperature, top_p=1.0, banned=None):
-        """One step of a model for the rows whose turn it is: rows in cache order, log-probabilities, sampled ids."""
+        """One step of a model for the rows whose turn it is: them in cache order, log-probabilities (B, N), sampled ids
+        and their log-probabilities, as lists."""
         order, logits = reader.step(turn)
         logprobs = log_softmax(logits, known, temperature)
-        if logprobs[:, 0].isnan().any():                   # then all of the row is: nothing could be sampled from it
-            raise ValueError("a model's logits are not finite at this --temperature and --dtype (float16 overflows)")
         if banned is not None:
             opening = banned[[begun(rows[r].tail) for r in order]]                 # (B, N)
             logprobs = torch.log_softmax(logprobs.masked_fill(opening, -torch.inf), dim=-1)
         ids = sample(logprobs, [rows[r].uniforms.item(len(rows[r].out.tokens)) for r in order], temperature, top_p)
-        return order, logprobs, ids
+        chosen = logprobs.gather(-1, ids[:, None].to(logprobs.device))[:, 0].tolist()
+        if any(map(math.isnan, chosen)):                   # then all of the row is: nothing could be sampled from it
+            raise ValueError("a model's logits are not finite at this --temperature and --dtype (float16 overflows)")
+        return order, logprobs, ids.tolist(), chosen
 
     def retire(live):
         """Take the rows that have ended out of the caches. Returns the others."""
@@ -361,10 +364,9 @@ def relay_batch(slm, llm, tokenizer, rows, *, tell, progress, temperature, llm_t
     while live:
         turn = live                                        # the SLM writes until every live row waits for the LLM
         while turn:
-            order, logprobs, ids = draw(slm_reader, turn, temperature, top_p, banned)
-            chosen = logprobs.gather(-1, ids[:, None].to(logprobs.device))[:, 0].tolist()
+            order, logprobs, ids, chosen = draw(slm_reader, turn, temperature, top_p, banned)
             unsure = (entropy(logprobs) > router[0]).tolist() if router and llm_reader else [False] * len(order)
-            for r, token, logprob, discard in zip(order, ids.tolist(), chosen, unsure):
+            for r, token, logprob, discard in zip(order, ids, chosen, unsure):
                 row = rows[r]
                 if discard:
                     row.call(row.left, row.left)           # until the LLM is sure, below
@@ -383,9 +385,9 @@ def relay_batch(slm, llm, tokenizer, rows, *, tell, progress, temperature, llm_t
             llm_reader.feed(r, new if router else without_commands(new, tokenizer))   # a router's commands are text
         turn = live                                        # the LLM serves them all as one batch
         while turn:
-            order, logprobs, ids = draw(llm_reader, turn, llm_temperature)
+            order, logprobs, ids, _ = draw(llm_reader, turn, llm_temperature)
             sure = (entropy(logprobs) < router[1]).tolist() if router else [False] * len(order)
-            for r, token, stop in zip(order, ids.tolist(), sure):
+            for r, token, stop in zip(order, ids, sure):
                 row = rows[r]
                 row.append(token, True, 0.0, tokenizer.end_ids)
                 llm_reader.feed(r, [token], own=True)

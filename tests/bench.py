@@ -44,6 +44,8 @@ except ImportError:
 
 QWEN = dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"], vocab_size=151936, max_position_embeddings=32768,
             rope_theta=1e6, rms_norm_eps=1e-6, num_key_value_heads=2)
+QWEN3 = dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], vocab_size=151936, max_position_embeddings=40960,
+             rope_theta=1e6, rms_norm_eps=1e-6, num_key_value_heads=8, head_dim=128)
 SHAPES = {
     "smollm2": dict(model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=49152, hidden_size=576,
                     intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
@@ -54,6 +56,10 @@ SHAPES = {
                 tie_word_embeddings=True),
     "llm": dict(QWEN, hidden_size=1536, intermediate_size=8960, num_hidden_layers=4, num_attention_heads=12,
                 tie_word_embeddings=True),
+    "qwen3-1.7b": dict(QWEN3, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
+                       tie_word_embeddings=True),
+    "qwen3-8b": dict(QWEN3, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32),
+    "qwen3-32b": dict(QWEN3, hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, num_attention_heads=64),
     "toy": dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], vocab_size=330, max_position_embeddings=512,
                 rope_theta=1e4, tie_word_embeddings=True, **TOY_SIZES["slm"]),
 }
@@ -264,6 +270,31 @@ def toy(bench):
     torch.set_num_threads(threads)
 
 
+def bandwidth(bench):
+    """On a GPU: one row's decoding step, beside what its memory allows (a large copy's bytes, read and written)."""
+    block = torch.empty(bench.size(2**30, 2**20), dtype=torch.int32, device=bench.device)
+    other = torch.empty_like(block)
+    limit = 2 * block.nbytes / bench.turns(lambda: bench.seconds(lambda: other.copy_(block)))[0]
+    bench.notes.append(f"bandwidth: a copy moves {limit / 1e9:,.0f} GB/s")
+    del block, other
+    for name in ("qwen0.5b", "qwen3-1.7b", "qwen3-8b", "qwen3-32b"):
+        with torch.device(bench.device):                 # drawn there: on the CPU it would take minutes
+            torch.set_default_dtype(torch.bfloat16)
+            model = Transformer(parse_config(SHAPES["toy" if bench.quick else name], name)).requires_grad_(False).eval()
+            torch.set_default_dtype(torch.float32)
+        model.embed.weight.normal_(std=0.05)
+        prompt = [bench.prompts(model, None, 1)[0]]
+
+        def ours():
+            return step_times(bench, model, prompt, bench.size(100, 12), 0.7)[0]
+
+        products, size = bench.bare(model, 1)
+        mine, bare = bench.turns(ours, products)
+        bench.add(f"decode {name}'s shape, 1 row", torch.bfloat16, f"{1 / mine:.1f} tokens/s", f"{limit / size:.1f} tokens/s",
+                  "its weights at the speed of a copy", size / mine / limit, size / mine / 1e9, bare / mine)
+        model = products = None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The relay, beside re-sending
 
@@ -430,7 +461,8 @@ def learning(bench):
     torch.set_num_threads(threads)
     shape = dict(SHAPES["toy"]) if bench.quick else dict(SHAPES["qwen0.5b"], tie_word_embeddings=True)
     config, size = parse_config(shape, "qwen0.5b"), 16 * parameters(parse_config(shape, "qwen0.5b"))
-    peak, said = memory_of_updates(config, 16, bench.size(512, 32), micro_tokens=4096, checkpointing=True)
+    peak, said = memory_of_updates(config, 16, bench.size(512, 32), bench.device, micro_tokens=4096,
+                                   checkpointing=True)
     bench.add("learning step, Qwen 0.5B shape, 16 x 512", torch.float32, f"{peak / 2**30:.1f} GiB at most",
               f"{size / 2**30:.1f} GiB", "policy, gradient, Adam")
     bench.notes.append(f"learning step: {peak / size:.2f} times policy, gradient and Adam's averages (the reference "
@@ -510,15 +542,16 @@ def grpo_row(bench):
         bench.notes.append(f"{work}: sampling {best[0]:.2f} s, learning {best[1]:.2f} s")
 
 
-ROWS = dict(grpo=grpo_row, smollm2=smollm2, ragged=ragged, qwen=qwen, toy=toy, relay=relay_row, handoff=handoff,
+ROWS = dict(grpo=grpo_row, smollm2=smollm2, ragged=ragged, qwen=qwen, toy=toy, bandwidth=bandwidth, relay=relay_row, handoff=handoff,
             prompt=prompt, memory=memory, learning=learning, flips=flips)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--models", type=Path, metavar="FOLDER", help="real checkpoints: FOLDER/smollm2, FOLDER/qwen0.5b")
-    p.add_argument("--rows", default=",".join(name for name in ROWS if name != "learning"),
-                   help=f"which rows, with commas between: {', '.join(ROWS)} (all but learning: 13 GB, 10 minutes)")
+    p.add_argument("--rows", default=",".join(name for name in ROWS if name not in ("learning", "bandwidth")),
+                   help=f"which rows, with commas between: {', '.join(ROWS)} (all but learning: 13 GB, 10 minutes; and "
+                        "bandwidth: a GPU of 80 GB)")
     p.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
     p.add_argument("--device", default="cpu", help="cpu, cuda (cpu)")
     p.add_argument("--quick", action="store_true", help="very small sizes, to see that every row works")

@@ -45,9 +45,11 @@ def some_rollouts(toy, temperature=1.0):
     tokenizer, policy, _, llm = toy
     questions = itertools.islice(toy_questions("train", random.Random(0)), 4)
     prompts = [tokenizer.chat(q.text) for q in questions for _ in range(2)]
-    known = torch.tensor(tokenizer.known)
+    device = policy.embed.weight.device
+    known = torch.tensor(tokenizer.known, device=device)
     with torch.no_grad():
-        first = entropy(log_softmax(policy(torch.tensor([prompts[0]]))[:, -1], known, temperature)).item()
+        logits = policy(torch.tensor([prompts[0]], device=device))[:, -1]
+        first = entropy(log_softmax(logits, known, temperature)).item()
     out = relay(policy, llm, tokenizer, prompts, max_new_tokens=20, temperature=temperature, seed=3,
                 router=(first, 1e9))
     assert any(any(r.by_llm) for r in out) and not all(all(r.by_llm) for r in out)
@@ -765,19 +767,22 @@ def test_more_gpus_than_there_are_is_one_line(monkeypatch, capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory
 
-def memory_of_updates(config, rollouts, length, **options):
+def memory_of_updates(config, rollouts, length, device="cpu", **options):
     """(bytes at the peak of two updates, bytes that memory_needed() says): policy, reference and learning.
 
-    rollouts: how many, each of a prompt of 8 tokens and a response of `length`. Measured: what no file backs (Linux).
+    rollouts: how many, each of a prompt of 8 tokens and a response of `length`. Measured: what no file backs (Linux),
+    or what PyTorch has allocated on a GPU.
     """
     def anonymous():
+        if device != "cpu":
+            return torch.cuda.max_memory_allocated()
         return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 
     args = settings(batch=256, questions_per_step=1, group=rollouts, prompt_tokens=8, max_new_tokens=length, **options)
     before = anonymous()
-    policy, reference = (Transformer(config).initialize(0) for _ in range(2))
+    policy, reference = (Transformer(config).initialize(0).to(device) for _ in range(2))
     policy.checkpointing = args.checkpointing
-    optimizer, known = adamw(policy, 1e-5), torch.ones(config.vocab_size, dtype=torch.bool)
+    optimizer, known = adamw(policy, 1e-5), torch.ones(config.vocab_size, dtype=torch.bool, device=device)
     written = [Rollout([1] * 8, list(range(length)), [False] * length, [-9.0] * length) for _ in range(rollouts)]
     most, done = 0, threading.Event()
 
@@ -790,6 +795,7 @@ def memory_of_updates(config, rollouts, length, **options):
     thread.start()
     for _ in range(2):
         update(policy, reference, optimizer, written, torch.randn(rollouts), known, 1e-3, args)
+    most = max(most, anonymous())
     done.set()
     thread.join()
     needed = memory_needed(config, config, args, llm_bytes=0)
@@ -801,6 +807,25 @@ def measure_a_learning_step():
     small_models()
     config = Config(vocab_size=9000, hidden=192, ffn=512, layers=5, heads=6, kv_heads=2, head_dim=32)
     print(*memory_of_updates(config, rollouts=8, length=180, micro_tokens=1500, checkpointing=False))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_a_learning_step_takes_the_memory_that_the_function_says():
+    """The optimizer's temporaries were whole models there."""
+    config = Config(vocab_size=9000, hidden=192, ffn=512, layers=5, heads=6, kv_heads=2, head_dim=32)
+    measured, said = memory_of_updates(config, 8, 180, "cuda", micro_tokens=1500, checkpointing=False)
+    assert measured == pytest.approx(said, rel=0.25)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_the_learner_recomputes_what_the_sampler_stored(toy):
+    """Attention, norms and products have other kernels there."""
+    tokenizer, policy, _, llm = toy
+    policy, llm = (copy.deepcopy(model).cuda() for model in (policy, llm))
+    rollouts = some_rollouts((tokenizer, policy, None, llm))
+    logprobs, _ = token_logprobs(policy, examples_of(rollouts), torch.tensor(tokenizer.known, device="cuda"))
+    stored = [lp for r in rollouts for lp, by_llm in zip(r.logprobs, r.by_llm) if not by_llm]
+    assert logprobs.tolist() == pytest.approx(stored, abs=1e-4)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its own memory from Linux's /proc")

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 import torch
 
+import model as model_module
 import relay as relay_module
 from conftest import ByteTokenizer, Scripted, raw_config, shuffled, tiny
 from data import Tokenizer
-from model import Cache, save
+from model import Cache, Step, save
 from relay import COMMAND, Row, command, log_softmax, plain_text, relay, sample, without_commands
 
 PROMPT = b"Q: how much?\n"
@@ -699,6 +700,50 @@ def test_a_pair_of_lower_precision_keeps_every_rule(dtype):
         want = logp[at, torch.tensor(o.tokens)].masked_fill(torch.tensor(o.by_llm), 0.0)
         assert (want - torch.tensor(o.logprobs)).abs().max() < 1e-4
         assert sum(o.by_llm) == sum(c.delivered for c in o.calls) and all(TOKENIZER.known[t] for t in o.tokens)
+
+
+class Unrecorded(Step):
+    """A recorded step on the CPU, where nothing can be recorded: its replay computes it anew."""
+
+    def __init__(self, model, cache, rows):
+        self.cache = cache
+        self.graph = SimpleNamespace(replay=lambda: setattr(self, "out", model.hidden(self.tokens, self)))
+        self.tokens, self.position = torch.zeros(2, rows, 1, dtype=torch.int64)
+
+
+def test_recorded_decoding_steps_change_nothing(monkeypatch):
+    """A GPU's steps run over more slots than rows: a waiting or an empty slot's stray keys were seen, or a full
+    cache overflowed into the next head's."""
+    slm, llm = pair()
+    prompts, options = questions(9) + questions(3), dict(max_new_tokens=60, temperature=1.0, seed=8)
+    want, replays, replay = relay(slm, llm, TOKENIZER, prompts, **options), [], Step.replay
+    monkeypatch.setattr(model_module, "Step", Unrecorded)
+    monkeypatch.setattr(model_module, "RECORD", 1)
+    monkeypatch.setattr(Step, "replay", lambda step, tokens: replays.append(len(tokens)) or replay(step, tokens))
+    for block in (1, 3, 16, 100):
+        monkeypatch.setattr(relay_module, "Cache", lambda model: recording(Cache(model, block=block)))
+        for a, b in zip(want, relay(slm, llm, TOKENIZER, prompts, **options)):
+            same(a, b)
+            assert a.cost == b.cost
+    assert len(replays) > 20 and len(set(replays)) > 3
+
+
+def recording(cache):
+    cache.records = True
+    return cache
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("families", [("qwen3", "llama"), ("qwen2", "qwen3"), ("llama", "qwen2")])
+def test_on_a_gpu_roll_outs_are_those_of_the_cpu(families):
+    """A graph recorded for other tensors, a step replayed with the positions of the one before."""
+    slm, llm = pair(*families)
+    prompts, options = questions(60) + questions(6), dict(max_new_tokens=300, temperature=1.0, seed=8)
+    want = relay(slm, llm, TOKENIZER, prompts, **options)
+    assert max(len(o.prompt + o.tokens) for o in want) > 128       # beyond one block of a GPU's cache
+    for a, b in zip(want, relay(slm.cuda(), llm.cuda(), TOKENIZER, prompts, **options)):
+        same(a, b)
+        assert a.cost == b.cost
 
 
 # ---------------------------------------------------------------------------------------------------------------------
