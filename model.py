@@ -72,10 +72,10 @@ class Config:
 def rotate(x, cos, sin):
     """Rotary position embedding (RoFormer, eq. 34), in the half-split layout of the published checkpoints.
 
-    x: (B, H, T, D). cos, sin: (B, 1, T, D/2), one angle for each row's own position. Returns x's shape and dtype.
+    Halves (a, b) of x become (a cos - b sin, b cos + a sin). x: (B, H, T, D). cos, sin: (B, 1, T, D), one angle for
+    each pair, written twice, and the first sin negative. Returns x's shape and dtype.
     """
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 def rope_frequencies(config):
@@ -204,8 +204,8 @@ class Transformer(nn.Module):
         else:
             position, past = cache.open(T, [T] * B if counts is None else counts)                      # (B, T)
         angle = position[:, None, :, None].float() * self.freq                 # (B or 1, 1, T, D/2)
-        x = self.embed(tokens)
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        x, cos, sin = self.embed(tokens), angle.cos(), angle.sin()
+        cos, sin = torch.cat((cos, cos), -1).to(x.dtype), torch.cat((-sin, sin), -1).to(x.dtype)
         for layer, layer_past in zip(self.layers, past):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, None, grid, use_reentrant=False)
@@ -374,7 +374,7 @@ class Cache:
         if masked:
             unseen = torch.arange(width, device=device) > position[:, :, None]                # (B, T, width)
             mask = torch.zeros(unseen.shape, dtype=self.like.dtype, device=device).masked_fill_(unseen, -torch.inf)
-            mask = mask[:, None].repeat(1, 1, self.config.heads // kv_heads if T > 1 else 1, 1)
+            mask = mask[:, None].repeat(1, 1, self.config.heads // kv_heads, 1) if T > 1 else mask[:, None]
         # Flattened, a layer's cache is a list of vectors of D numbers; that of (key or value, slot, head, token) stands
         # at ((kind * slots + slot) * kv_heads + head) * capacity + token. So one index_copy_ stores all that is new.
         lists = torch.arange(2 * slots * kv_heads, device=device).view(2, slots, kv_heads, 1)[:, :B] * capacity

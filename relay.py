@@ -96,7 +96,8 @@ def log_softmax(logits, known, temperature=1.0):
     sampler and the learner both call this: their log-probabilities agree because they are the same function.
     """
     logits = logits[..., :len(known)]
-    logits = logits.masked_fill(~known, -torch.inf) if not known.all() else logits
+    if known.is_cuda or not known.all():                # to look whether all are would be to wait for the GPU
+        logits = logits.masked_fill(~known, -torch.inf)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return torch.log_softmax(logits / temperature if temperature not in (0, 1) else logits, dim=-1)
 

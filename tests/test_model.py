@@ -186,8 +186,9 @@ def test_positions_enter_only_as_differences():
     model, tokens = tiny("qwen3"), tokens_of(6, 1, 10)
     seen = []
     for at in (torch.arange(10)[None], 100 + torch.arange(10)[None]):
-        angle = at[:, None, :, None].double() * rope_frequencies(model.config)
-        seen.append(model.layers[0](model.embed(tokens), angle.cos(), angle.sin()))
+        angle = at[:, None, :, None].double() * rope_frequencies(model.config).repeat(2)
+        sign = torch.tensor([-1.0] * 3 + [1.0] * 3)
+        seen.append(model.layers[0](model.embed(tokens), angle.cos(), sign * angle.sin()))
     torch.testing.assert_close(*seen, atol=1e-5, rtol=0)
 
 

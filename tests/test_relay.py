@@ -738,12 +738,12 @@ def recording(cache):
 def test_on_a_gpu_roll_outs_are_those_of_the_cpu(families):
     """A graph recorded for other tensors, a step replayed with the positions of the one before."""
     slm, llm = pair(*families)
-    prompts, options = questions(60) + questions(6), dict(max_new_tokens=300, temperature=1.0, seed=8)
+    prompts = questions(20) + questions(6) + [prompt * 8 for prompt in questions(6)]   # beyond a block of a GPU's cache
+    options = dict(max_new_tokens=300, temperature=1.0, seed=8)
     want = relay(slm, llm, TOKENIZER, prompts, **options)
-    assert max(len(o.prompt + o.tokens) for o in want) > 128       # beyond one block of a GPU's cache
     for a, b in zip(want, relay(slm.cuda(), llm.cuda(), TOKENIZER, prompts, **options)):
-        same(a, b)
-        assert a.cost == b.cost
+        assert facts(a) == facts(b) and a.cost == b.cost
+        assert np.allclose(a.logprobs, b.logprobs, atol=1e-6, rtol=0)      # angles of rotation are in float32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
