@@ -299,7 +299,7 @@ def token_logprobs(model, examples, known, temperature=1.0, entropies=False, chu
 def adamw(model, lr):
     """The paper's optimizer; lr is set anew at each step (apply_gradient)."""
     return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.01,
-                             fused=model.embed.weight.is_cuda)     # on a GPU: else its temporaries are whole models
+                             fused=next(model.parameters()).is_cuda)   # on a GPU: else its temporaries are models
 
 
 def apply_gradient(model, optimizer, lr):
