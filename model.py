@@ -340,12 +340,13 @@ class Cache:
         self.lengths[:len(rows)] = [length] * len(rows)
 
     def drop(self, rows):
-        """Forget finished rows. Memory goes back when a fifth of the slots stand empty."""
+        """Forget finished rows. Memory goes back when a fifth of the slots stand empty (on a GPU half of them, since
+        new tensors want new recordings)."""
         gone = set(rows)
         kept = [row for row in self.rows if row not in gone]
         self.arrange(kept)
         self.rows, self.lengths = self.rows[:len(kept)], self.lengths[:len(kept)]
-        if len(kept) <= 0.8 * self.layers[0].shape[1]:
+        if len(kept) <= (0.5 if self.records else 0.8) * self.layers[0].shape[1]:
             self.resize(len(kept), max(self.lengths, default=0))
 
     def open(self, T, counts):

@@ -590,6 +590,7 @@ def machine(args, toy=False):
         raise ValueError(f"--device {device} is not to be had on this machine; try --device cpu") from None
     if device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")       # TF32: factors of 10 bits, sums in float32; many times as fast
+        torch.backends.cuda.enable_cudnn_sdp(False)      # it plans anew for every shape, and each turn has its own
     if args.dtype != "auto":
         return device, getattr(torch, args.dtype)
     native = device.startswith("cuda") or device == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()

@@ -216,8 +216,10 @@ def generate_times(bench, other, prompts, tokens, temperature):
     sampling = dict(do_sample=False)
     if temperature:
         sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+    torch.backends.cuda.enable_cudnn_sdp(True)           # its own choice; we do without (see relay.machine)
     out = other.generate(ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=0, repetition_penalty=1.0,
                          logits_processor=LogitsProcessorList([note_time]), **sampling)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return [b - a for a, b in zip(times, times[1:])], out[:, width:].tolist()
 
 
@@ -290,8 +292,9 @@ def bandwidth(bench):
 
         products, size = bench.bare(model, 1)
         mine, bare = bench.turns(ours, products)
-        bench.add(f"decode {name}'s shape, 1 row", torch.bfloat16, f"{1 / mine:.1f} tokens/s", f"{limit / size:.1f} tokens/s",
-                  "its weights at the speed of a copy", size / mine / limit, size / mine / 1e9, bare / mine)
+        bench.add(f"decode {name}'s shape, 1 row", torch.bfloat16, f"{1 / mine:.1f} tokens/s",
+                  f"{limit / size:.1f} tokens/s", "its weights at the speed of a copy", size / mine / limit,
+                  size / mine / 1e9, bare / mine)
         model = products = None
 
 
@@ -561,6 +564,7 @@ def main():
         p.error(f"no such row: {', '.join(unknown)}")
     if args.threads:
         torch.set_num_threads(args.threads)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     bench, start = Bench(args), time.perf_counter()
     for name in chosen:
         ROWS[name](bench)
