@@ -30,8 +30,8 @@ import relay as engine  # noqa: E402
 import grpo  # noqa: E402
 from data import Question, Tokenizer, save_toy_tokenizer  # noqa: E402
 from eval import parameters  # noqa: E402
-from model import Transformer, linear, load, parse_config, prepack, save  # noqa: E402
-from relay import Reader, relay, small_models  # noqa: E402
+from model import Cache, Transformer, linear, load, parse_config, prepack, save  # noqa: E402
+from relay import Reader, Rollout, relay, small_models  # noqa: E402
 from warmup import TOY_SIZES, adamw  # noqa: E402
 
 try:
@@ -280,11 +280,7 @@ def bandwidth(bench):
     bench.notes.append(f"bandwidth: a copy moves {limit / 1e9:,.0f} GB/s")
     del block, other
     for name in ("qwen0.5b", "qwen3-1.7b", "qwen3-8b", "qwen3-32b"):
-        with torch.device(bench.device):                 # drawn there: on the CPU it would take minutes
-            torch.set_default_dtype(torch.bfloat16)
-            model = Transformer(parse_config(SHAPES["toy" if bench.quick else name], name)).requires_grad_(False).eval()
-            torch.set_default_dtype(torch.float32)
-        model.embed.weight.normal_(std=0.05)
+        model = on_device(bench, name, torch.bfloat16)
         prompt = [bench.prompts(model, None, 1)[0]]
 
         def ours():
@@ -296,6 +292,64 @@ def bandwidth(bench):
                   f"{limit / size:.1f} tokens/s", "its weights at the speed of a copy", size / mine / limit,
                   size / mine / 1e9, bare / mine)
         model = products = None
+
+
+def on_device(bench, name, dtype):
+    """A model of random weights, drawn on the GPU: on the CPU it would take minutes."""
+    with torch.device(bench.device):
+        torch.set_default_dtype(dtype)
+        model = Transformer(parse_config(SHAPES["toy" if bench.quick else name], name)).eval()
+        torch.set_default_dtype(torch.float32)
+    model.embed.weight.data.normal_(std=0.05)
+    return model
+
+
+def scale(bench):
+    """On a GPU, the paper's pair: decoding at a context of 1,000 tokens, reading, learning; what tests/needs.py takes.
+
+    bytes: all weights and caches, once a step. operations: two a parameter and token forward, four backward; recomputed
+    layers and the reference's forward pass count too, attention's own products do not.
+    """
+    torch.set_float32_matmul_precision("high")           # as the scripts do on CUDA
+    context, length = bench.size(1000, 20), bench.size(800, 20)
+    for name, dtype in (("qwen3-8b", torch.bfloat16), ("qwen3-1.7b", torch.float32)):
+        model = None
+        model = on_device(bench, name, dtype)
+        count, known = parameters(model.config), torch.ones(model.config.vocab_size, dtype=torch.bool).to(bench.device)
+        for rows in bench.size((32, 128), (2,)):
+            cache, ids = Cache(model), [1] * rows
+
+            @torch.inference_mode()
+            def step():
+                nonlocal ids
+                logits = model(torch.tensor(ids, device=bench.device)[:, None], cache, last=True)
+                ids = engine.sample(engine.log_softmax(logits, known, 0.7), [0.5] * rows, 0.7).tolist()
+
+            cache.arrange(list(range(rows)))
+            cache.resize(rows, context)
+            cache.lengths = [context] * rows
+            seconds = min(sum((bench.seconds(step) for _ in range(bench.size(30, 6))), []))
+            held = rows * context * 2 * model.config.layers * model.config.kv_heads * model.config.head_dim
+            moved = (count + held) * model.embed.weight.element_size()
+            bench.add(f"decode {name}'s shape, {rows} rows at {context}", dtype, f"{rows / seconds:.0f} tokens/s",
+                      gbs=moved / seconds / 1e9)
+        cache = None
+        tokens = torch.ones(8, context, dtype=torch.long, device=bench.device)
+        with torch.inference_mode():
+            seconds, = bench.turns(lambda: bench.seconds(lambda: model.hidden(tokens)))
+        bench.add(f"read, {name}'s shape", dtype, f"{tokens.numel() / seconds:,.0f} tokens/s", "",
+                  f"{2 * count * tokens.numel() / seconds / 1e12:.0f} TFLOP/s")
+    reference, args = on_device(bench, "qwen3-1.7b", torch.float32), SimpleNamespace(
+        micro_tokens=4096, temperature=1.0, clip_low=0.2, clip_high=0.3, kl=0.01, loss="token",
+        llm_tokens_in_loss=False)
+    model.checkpointing, optimizer = True, adamw(model, 1e-6)
+    written = [Rollout([1 + i % 4] * (length // 4), list(range(length)), [False] * length, [-9.0] * length)
+               for i in range(32)]
+    seconds, = bench.turns(lambda: bench.seconds(lambda: grpo.update(
+        model, reference, optimizer, written, torch.randn(32), known, 1e-6, args)))
+    learned = 32 * length + 4 * (length // 4)            # each of the four prompts is read once
+    bench.add("learn, qwen3-1.7b's shape", torch.float32, f"{32 * length / seconds:,.0f} tokens/s", "",
+              f"{10 * count * learned / seconds / 1e12:.0f} TFLOP/s")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -545,16 +599,16 @@ def grpo_row(bench):
         bench.notes.append(f"{work}: sampling {best[0]:.2f} s, learning {best[1]:.2f} s")
 
 
-ROWS = dict(grpo=grpo_row, smollm2=smollm2, ragged=ragged, qwen=qwen, toy=toy, bandwidth=bandwidth, relay=relay_row, handoff=handoff,
+ROWS = dict(grpo=grpo_row, smollm2=smollm2, ragged=ragged, qwen=qwen, toy=toy, bandwidth=bandwidth, scale=scale, relay=relay_row, handoff=handoff,
             prompt=prompt, memory=memory, learning=learning, flips=flips)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--models", type=Path, metavar="FOLDER", help="real checkpoints: FOLDER/smollm2, FOLDER/qwen0.5b")
-    p.add_argument("--rows", default=",".join(name for name in ROWS if name not in ("learning", "bandwidth")),
+    p.add_argument("--rows", default=",".join(name for name in ROWS if name not in ("learning", "bandwidth", "scale")),
                    help=f"which rows, with commas between: {', '.join(ROWS)} (all but learning: 13 GB, 10 minutes; and "
-                        "bandwidth: a GPU of 80 GB)")
+                        "bandwidth, scale: a GPU of 80 GB)")
     p.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
     p.add_argument("--device", default="cpu", help="cpu, cuda (cpu)")
     p.add_argument("--quick", action="store_true", help="very small sizes, to see that every row works")

@@ -1,6 +1,7 @@
 """What tests share: a byte tokenizer, tiny random models of each family, and a model that writes what it is told."""
 import itertools
 import json
+import os
 import random
 import struct
 import sys
@@ -16,6 +17,7 @@ from data import Tokenizer, save_toy_tokenizer, toy_questions  # noqa: E402
 from model import Config, Transformer, parse_config  # noqa: E402
 
 torch.set_num_threads(1)
+ON_CPU = dict(os.environ, CUDA_VISIBLE_DEVICES="")     # of scripts in tests: the same on every machine
 
 
 class ByteTokenizer:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import grpo
-from conftest import ByteTokenizer, tiny
+from conftest import ON_CPU, ByteTokenizer, tiny
 from data import Tokenizer, save_toy_tokenizer, toy_questions
 from grpo import advantages, examples_of, k3, last_checkpoint, policy_loss, rewards, save_checkpoint, update
 from model import Config, Transformer, load, parse_config, save
@@ -533,7 +533,7 @@ FLAGS = ("--steps 40 --questions-per-step 4 --group 4 --filter-samples 0 --pool 
 def started(run, *flags):
     """grpo.py as a process of its own."""
     return subprocess.Popen([sys.executable, Path(grpo.__file__), "--run", run, *FLAGS, *flags], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
+                            stderr=subprocess.PIPE, text=True, env=ON_CPU)
 
 
 def called(monkeypatch, run, *flags):

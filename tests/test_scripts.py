@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import relay as relay_module
+from conftest import ON_CPU
 from grpo import PAPER, advantages, rewards
 from model import Config
 from needs import hours_needed, memory_needed
@@ -23,7 +24,7 @@ HERE = Path(relay_module.__file__).parent
 
 def script(name, *flags, piped=None):
     out = subprocess.run([sys.executable, HERE / name, *flags], input=piped, capture_output=True, text=True,
-                         encoding="utf-8", timeout=170)
+                         encoding="utf-8", timeout=170, env=ON_CPU)
     assert out.returncode == 0, out.stderr[-2000:]
     return out.stdout
 
@@ -239,7 +240,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(run, tmp_path):
     copy = shutil.copytree(run[0], tmp_path / "run")
     command = [sys.executable, HERE / "grpo.py", "--run", copy, "--variant", "again", *GRPO[2:], "--save-every", "1",
                "--resume"]
-    first = subprocess.run(command, capture_output=True, text=True, timeout=170, preexec_fn=lambda: (
+    first = subprocess.run(command, capture_output=True, text=True, timeout=170, env=ON_CPU, preexec_fn=lambda: (
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))))       # bytes: the model does not fit
     assert first.returncode == 1 and "Traceback" not in first.stderr
     assert re.search(r"^grpo.py: .*[Tt]oo large", first.stderr.splitlines()[-1])
@@ -248,7 +249,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(run, tmp_path):
     assert {path: data for path, data in there.items() if path not in new} == {
         path.relative_to(run[0]): path.read_bytes() for path in run[0].rglob("*") if path.is_file()}
     assert not [path for path in new if path.suffix in (".safetensors", ".part")]
-    assert subprocess.run(command, capture_output=True, timeout=170).returncode == 0
+    assert subprocess.run(command, capture_output=True, timeout=170, env=ON_CPU).returncode == 0
     assert "again" in json.loads((copy / "run.json").read_text())["stages"]
 
 
