@@ -43,12 +43,17 @@ def memory_needed(slm, llm, args, llm_bytes=2):
     return parts | dict(peak=sum(parts.values()) - min(parts["caches"], parts["learning"]))
 
 
-def hours_needed(slm, llm, args, length, rho, flops, bandwidth, llm_bytes=2):
+# What one H200 reached at the shapes of Qwen3-1.7B and 8B (tests/bench.py --device cuda --rows scale)
+FLOPS = 138e12            # operations a second, learning, TF32
+BANDWIDTH = 1.2e12, 2.2e12       # bytes a second, decoding 32 to 128 rows at 1,000 tokens: float32, bfloat16
+
+
+def hours_needed(slm, llm, args, length, rho, llm_bytes=2):
     """{what: hours} of a whole GRPO run on one GPU, from two Configs: an estimate to plan with, nothing more.
 
-    length: tokens of a mean response (the longest of a batch: args.max_new_tokens). rho: the LLM's share of them.
-    flops, bandwidth: operations and bytes a second that the GPU reaches in practice. A token costs two operations a
-    parameter (forward), twice that backward; a decoding step reads all weights and all caches once.
+    length: tokens of a mean response (the longest of a batch: args.max_new_tokens). rho: the LLM's share of them. A
+    token costs two operations a parameter (forward), twice that backward; a decoding step reads all weights and all
+    caches once.
     """
     small, large = parameters(slm), parameters(llm)
     rows, longest = args.questions_per_step * args.group, args.max_new_tokens
@@ -56,11 +61,12 @@ def hours_needed(slm, llm, args, length, rho, flops, bandwidth, llm_bytes=2):
     held = min(rows, args.batch) * (args.prompt_tokens + length / 2)        # tokens in the caches, on average
     learned = args.steps * rows * (args.prompt_tokens / args.group + length)
     answers = math.ceil(args.pool * args.filter_samples / args.batch) * longest    # steps of the LLM for the filter
+    slow, fast = BANDWIDTH
     seconds = dict(
-        filter=answers * (llm_bytes * large + held * cache_bytes(llm, llm_bytes)) / bandwidth,
-        sampling=steps * (4 * small + held * cache_bytes(slm, 4)) / bandwidth,
-        calls=steps * rho * llm_bytes * large / bandwidth + 2 * large * learned / flops,
-        learning=2 * small * learned * (4 + args.checkpointing) / flops)    # policy: 3, reference: 1
+        filter=answers * (llm_bytes * large + held * cache_bytes(llm, llm_bytes)) / fast,
+        sampling=steps * (4 * small + held * cache_bytes(slm, 4)) / slow,
+        calls=steps * rho * llm_bytes * large / fast + 2 * large * learned / FLOPS,
+        learning=2 * small * learned * (4 + args.checkpointing) / FLOPS)    # policy: 3, reference: 1
     return {what: s / 3600 for what, s in seconds.items()} | dict(all=sum(seconds.values()) / 3600)
 
 
@@ -71,13 +77,12 @@ def main():
     for flag, value, text in (
             ("--batch", 32, "roll-outs decoded at once"), ("--max-new-tokens", 2000, "budget of a response"),
             ("--prompt-tokens", 500, "longest prompt"), ("--length", 800, "tokens of a mean response"),
-            ("--rho", 0.02, "the LLM's share of them"), ("--tflops", 100, "that the GPU reaches, in TF32"),
-            ("--tbytes", 2, "terabytes a second from its memory")):
+            ("--rho", 0.02, "the LLM's share of them")):
         p.add_argument(flag, type=type(value), default=value, help=f"{text} ({value})")
     given = p.parse_args()
     args = SimpleNamespace(**PAPER | vars(given))
     small, large = read_config(given.slm), read_config(given.llm)
-    hours = hours_needed(small, large, args, args.length, args.rho, args.tflops * 1e12, args.tbytes * 1e12)
+    hours = hours_needed(small, large, args, args.length, args.rho)
     print("GiB: " + ", ".join(f"{what} {size / 2**30:.1f}" for what, size in memory_needed(small, large, args).items()))
     print("hours, estimated: " + ", ".join(f"{what} {value:.1f}" for what, value in hours.items()))
 

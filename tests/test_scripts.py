@@ -352,6 +352,6 @@ def test_the_memory_and_the_hours_of_the_readme_are_what_the_functions_say():
     assert len(lines) == 4
     for small, large, cells in lines:
         gib = [size / 2**30 for size in memory_needed(configs[small], configs[large], args).values()]
-        hours = hours_needed(configs[small], configs[large], args, length=800, rho=0.02, flops=100e12, bandwidth=2e12)
+        hours = hours_needed(configs[small], configs[large], args, length=800, rho=0.02)
         hours = [hours["filter"], hours["sampling"] + hours["calls"], hours["learning"], hours["all"]]
         assert [float(cell) for cell in cells.split(" | ")] == pytest.approx(gib + hours, abs=0.06)
