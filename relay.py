@@ -626,6 +626,9 @@ def run_script(main):
         Parser(prog=name).error(str(error))
     except ValueError as error:
         sys.exit(f"{name}: {error}")                                 # exit code 1
+    except BrokenPipeError:                                          # as behind "| head": nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         sys.exit(f"{name}: {error.filename or 'file system'}: {error.strerror or error}")
     except KeyboardInterrupt:
