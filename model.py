@@ -25,14 +25,16 @@ Sources: RMSNorm (arXiv 1910.07467), RoPE (2104.09864), grouped-query attention 
 import hashlib
 import json
 import math
-import mmap
 import os
+import re
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -448,69 +450,76 @@ def side_stream(device):
 # Model directories (skip it on a first reading)
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ROPE_NEEDS = {"default": [], "linear": ["factor"],      # what each way of scaling the rotations needs to know
+              "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
+PARTS = {   # our module: what a checkpoint calls it, or the parts that lie in it one below the other
+    "embed": "embed_tokens", "norm": "norm", "head": "lm_head", "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm", "qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+    "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm", "out": "self_attn.o_proj",
+    "gate_up": "mlp.gate_proj mlp.up_proj", "down": "mlp.down_proj"}
+
+
+@contextmanager
+def naming(path):
+    """Whatever turns out to be wrong with a file becomes a ValueError of one line that names it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:        # it holds other things than it should
+        raise ValueError(f"{path}: malformed ({error!r})") from None
+
+
+def need(fine, fault):
+    if not fine:
+        raise ValueError(fault)
 
 
 def read_json(path):
-    """A JSON object from a file of a model directory; ValueError with one line otherwise."""
-    try:
+    """The JSON object in a file; ValueError with one line otherwise."""
+    with naming(path):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: not found (a model directory has config.json and model.safetensors)") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({type(error).__name__})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON object was expected")
+        need(isinstance(value, dict), "not a JSON object")
     return value
 
 
 def parse_config(raw, path):
     """What config.json of a Qwen3, Qwen2 or Llama checkpoint says, as a Config; ValueError for what we cannot run."""
-    kind = raw.get("model_type")
-    if kind not in FAMILIES:
-        raise ValueError(f"{path}: model_type {kind!r} is not supported (supported: {', '.join(FAMILIES)})")
-
     def number(key, default=None, kinds=int, values=raw):
-        value = values.get(key)
-        value = default if value is None else value
-        most = 2**24 if kinds is int else 1e30
-        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < most:
-            raise ValueError(f"{path}: {key} is {value!r}, not a positive number")
+        value = default if values.get(key) is None else values[key]
+        need(isinstance(value, kinds) and value is not True and 0 < value < (2**24 if kinds is int else 1e30),
+             f"{key} is {value!r}, not a positive number")
         return value
 
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}   # older, and transformers 5, which reads both
-    rope = dict(rope) if isinstance(rope, dict) else {"rope_type": rope}
-    rope["rope_type"] = scaling = rope.get("rope_type", rope.get("type", "default"))
-    needs = {"default": (), "linear": ("factor",), "llama3": (
-        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-    if not isinstance(scaling, str) or scaling not in needs:
-        raise ValueError(f"{path}: rope type {scaling!r} is not supported (supported: {', '.join(needs)})")
-    for key in needs[scaling]:
-        number(key, kinds=(int, float), values=rope)
-    if scaling == "llama3" and not rope["high_freq_factor"] > rope["low_freq_factor"]:
-        raise ValueError(f"{path}: high_freq_factor must exceed low_freq_factor")
-    types = raw.get("layer_types") or []
-    if raw.get("use_sliding_window") or not isinstance(types, list) or any(t != "full_attention" for t in types):
-        raise ValueError(f"{path}: only full attention in every layer is supported (use_sliding_window, layer_types)")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported (supported: silu)")
-    heads, hidden = number("num_attention_heads"), number("hidden_size")
-    attention_bias = bool(raw.get("attention_bias", False))
-    config = Config(
-        vocab_size=number("vocab_size"), hidden=hidden, ffn=number("intermediate_size"),
-        layers=number("num_hidden_layers"), heads=heads, kv_heads=number("num_key_value_heads", heads),
-        head_dim=number("head_dim", 128 if kind == "qwen3" else max(hidden // heads, 1)),
-        context=number("max_position_embeddings", 2048),
-        rope_theta=float(number("rope_theta", 10000.0, (int, float), rope if rope.get("rope_theta") else raw)),
-        rope_scaling=None if scaling == "default" else rope,
-        norm_eps=float(number("rms_norm_eps", 1e-6, (int, float))),
-        qkv_bias=attention_bias or kind == "qwen2",       # Qwen2 always has them, and its config does not say so
-        o_bias=attention_bias and kind != "qwen2", mlp_bias=bool(raw.get("mlp_bias", False)),
-        qk_norm=kind == "qwen3", tied=bool(raw.get("tie_word_embeddings", False)), raw=raw)
-    if config.layers > 1000 or config.heads % config.kv_heads or config.head_dim % 2:
-        raise ValueError(f"{path}: {config.layers} layers, {config.heads} heads, {config.kv_heads} key/value heads of "
-                         f"{config.head_dim} do not fit together")
-    return config
+    with naming(path):
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}     # older; transformers 5, which reads both
+        rope = dict(rope) if isinstance(rope, dict) else {"rope_type": rope}
+        rope["rope_type"] = scaling = rope.get("rope_type", rope.get("type", "default"))
+        for key, value, supported in (
+                ("model_type", kind := raw.get("model_type"), FAMILIES), ("rope type", scaling, list(ROPE_NEEDS)),
+                ("hidden_act", raw.get("hidden_act", "silu"), ["silu"]),
+                ("use_sliding_window", raw.get("use_sliding_window") or False, [False]),
+                *(("layer_types", layer, ["full_attention"]) for layer in raw.get("layer_types") or ())):
+            need(value in supported, f"{key} {value!r} is not supported (supported: {', '.join(map(str, supported))})")
+        for key in ROPE_NEEDS[scaling]:
+            number(key, kinds=(int, float), values=rope)
+        need(scaling != "llama3" or rope["high_freq_factor"] > rope["low_freq_factor"],
+             "high_freq_factor must exceed low_freq_factor")
+        heads, hidden, biased = number("num_attention_heads"), number("hidden_size"), bool(raw.get("attention_bias"))
+        c = Config(
+            vocab_size=number("vocab_size"), hidden=hidden, ffn=number("intermediate_size"),
+            layers=number("num_hidden_layers"), heads=heads, kv_heads=number("num_key_value_heads", heads),
+            head_dim=number("head_dim", 128 if kind == "qwen3" else max(hidden // heads, 1)),
+            context=number("max_position_embeddings", 2048),
+            rope_theta=float(number("rope_theta", 10000.0, (int, float), rope if rope.get("rope_theta") else raw)),
+            rope_scaling=None if scaling == "default" else rope,
+            norm_eps=float(number("rms_norm_eps", 1e-6, (int, float))),
+            qkv_bias=biased or kind == "qwen2",           # Qwen2 always has them, and its config does not say so
+            o_bias=biased and kind != "qwen2", mlp_bias=bool(raw.get("mlp_bias")), qk_norm=kind == "qwen3",
+            tied=bool(raw.get("tie_word_embeddings")), raw=raw)
+        need(c.layers <= 1000 and c.heads % c.kv_heads == 0 and c.head_dim % 2 == 0, f"{c.layers} layers, {c.heads} "
+             f"heads, {c.kv_heads} key/value heads of {c.head_dim} do not fit together")
+    return c
 
 
 def read_safetensors(path):
@@ -521,69 +530,40 @@ def read_safetensors(path):
     The file: 8 bytes, little-endian, the header's length; the header, JSON: {name: {dtype, shape, data_offsets}};
     then the tensors, end to end without holes. ValueError with one line for everything that departs from it.
     """
-    def fault(what):
-        return ValueError(f"{path}: {what}")
-
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(100_000_000, size - 8):    # the format's own limit, and the file's
-                raise fault(f"header of {length} bytes in a file of {size}")
-            try:
-                header = json.loads(file.read(length).decode("utf-8"))
-            except (ValueError, RecursionError):   # not UTF-8, not JSON, or a number of thousands of digits
-                raise fault("header is not JSON") from None
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except OSError as error:
-        raise fault(error.strerror or "not readable") from None
-    if not isinstance(header, dict):
-        raise fault("header is not a JSON object")
-    header.pop("__metadata__", None)
-    spans, tensors, start = [], {}, 8 + length
-    for name, entry in header.items():
-        try:
-            dtype, shape, (begin, end) = DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
-            whole = isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end))
-            whole = whole and math.prod(n or 1 for n in shape) < 2**48     # zero-size tensors, too, need a sane shape
-        except (KeyError, TypeError, ValueError):
-            raise fault(f"entry of tensor {name!r} is malformed") from None
-        if dtype is None:
-            raise fault(f"tensor {name!r} has dtype {entry['dtype']!r} (supported: {', '.join(DTYPES)})")
-        if not whole or begin > end or end > size - start:
-            raise fault(f"tensor {name!r} does not lie inside the file")
-        if math.prod(shape) * dtype.itemsize != end - begin:
-            raise fault(f"tensor {name!r}: shape {shape} of {entry['dtype']} does not fill its {end - begin} bytes")
-        spans.append((begin, end))
-        if begin == end:
-            tensors[name] = torch.empty(shape, dtype=dtype)
-        else:
-            flat = torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=start + begin)
-            tensors[name] = flat.view(shape)
-    spans.sort()
-    if [begin for begin, _ in spans] + [size - start] != [0] + [end for _, end in spans]:
-        raise fault("its tensors overlap, leave a hole, or end before the file does")
+    with naming(path):
+        data = np.memmap(path, np.uint8, "c")                            # copy on write: nobody changes the file
+        start = 8 + int.from_bytes(data[:8], "little")
+        need(start <= min(100_000_008, len(data)),                       # the format's own limit, and the file's
+             f"header of {start - 8} bytes in a file of {len(data)}")
+        header, tensors, end = json.loads(data[8:start].tobytes().decode("utf-8")), {}, 0
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            need(entry["dtype"] in DTYPES,
+                 f"tensor {name!r} has dtype {entry['dtype']!r} (supported: {', '.join(DTYPES)})")
+            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+            need(isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
+                 and math.prod(n or 1 for n in shape) < 2**48, f"tensor {name!r} has no sane shape")
+            count, begin = math.prod(shape), end                         # it begins where the one before it ends
+            end += count * dtype.itemsize
+            need(entry["data_offsets"] == [begin, end] and start + end <= len(data),
+                 f"tensor {name!r} should fill bytes {begin} to {end} behind the header, without overlap or hole")
+            tensors[name] = (torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin) if count
+                             else torch.empty(0, dtype=dtype)).view(shape)
+        need(start + end == len(data), f"{len(data) - start - end} bytes behind its last tensor")
     return tensors
 
 
 def checkpoint_tensors(model):
     """{name in a checkpoint: view of our parameter}. The one place that knows both layouts: load() copies into the
     views, save() writes them."""
-    c, tensors = model.config, {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm.weight}
-    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    for i, layer in enumerate(model.layers):
-        parts = {layer.attn_norm: {"input_layernorm": c.hidden}, layer.ffn_norm: {"post_attention_layernorm": c.hidden},
-                 layer.qkv: {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv},
-                 layer.out: {"self_attn.o_proj": c.hidden}, layer.down: {"mlp.down_proj": c.hidden},
-                 layer.gate_up: {"mlp.gate_proj": c.ffn, "mlp.up_proj": c.ffn}}       # name: its rows of the matrix
-        if c.qk_norm:
-            parts |= {layer.q_norm: {"self_attn.q_norm": c.head_dim}, layer.k_norm: {"self_attn.k_norm": c.head_dim}}
-        for module, rows in parts.items():
-            for kind, parameter in module.named_parameters():    # weight, and bias where there is one
-                for name, view in zip(rows, parameter.split(list(rows.values()))):
-                    tensors[f"model.layers.{i}.{name}.{kind}"] = view
-    if not c.tied:
-        tensors["lm_head.weight"] = model.head.weight
+    c, tensors = model.config, {}
+    for name, parameter in model.named_parameters():                     # such as layers.0.qkv.weight
+        *layer, module, kind = name.rsplit(".", 2)
+        parts = PARTS[module].split()
+        heads = (c.heads, c.kv_heads, c.kv_heads) if module == "qkv" else ()
+        rows = [n * c.head_dim for n in heads] or len(parameter) // len(parts)
+        for part, view in zip(parts, parameter.split(rows)):
+            tensors[".".join(["model", *layer, part, kind]).replace("model.lm_head", "lm_head")] = view
     return tensors
 
 
@@ -593,9 +573,8 @@ def weight_files(path):
     if single.exists() or not index.exists():
         return [single]
     names = read_json(index).get("weight_map")
-    fine = lambda name: isinstance(name, str) and name == os.path.basename(name) and name.endswith(".safetensors")
-    if not isinstance(names, dict) or not all(map(fine, names.values())):
-        raise ValueError(f"{index}: weight_map must map tensors to safetensors files of the same directory")
+    need(isinstance(names, dict) and all(re.fullmatch(r"[^/\\:]+\.safetensors", str(name)) for name in names.values()),
+         f"{index}: weight_map must map tensors to safetensors files of the same directory")
     return [path / name for name in sorted(set(names.values()))]
 
 
@@ -603,21 +582,12 @@ def fingerprint(path):
     """A hash of a model directory's weights: tells one model from another, wherever they lie."""
     digest = hashlib.sha256()
     for file in weight_files(path):
-        with open(file, "rb") as data:
-            while block := data.read(1 << 22):
-                digest.update(block)
+        digest.update(np.memmap(file, np.uint8, "r"))
     return digest.hexdigest()
-
-
-def as_bytes(tensor):
-    """A view of a contiguous tensor, (its size in bytes,) uint8."""
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 def read_config(path):
     """The Config of a model directory; ValueError for what is no such directory, or of a family we cannot run."""
-    if not path.is_dir():
-        raise ValueError(f"{path}: no such directory")
     return parse_config(read_json(path / "config.json"), path / "config.json")
 
 
@@ -630,39 +600,27 @@ def load(path, device="cpu", dtype=torch.float32):
     path = Path(path)
     config, found = read_config(path), {}
     for file in weight_files(path):
-        for name, tensor in read_safetensors(file).items():
-            if name in found:
-                raise ValueError(f"{file}: tensor {name!r} stands in another shard too")
-            found[name] = tensor
-    if "tie_word_embeddings" not in config.raw and "lm_head.weight" not in found:
-        config.tied = True
+        tensors = read_safetensors(file)
+        need(not found.keys() & tensors, f"{file}: some of its tensors stand in another shard too")
+        found |= tensors
     head, embed = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
+    config.tied = bool(config.raw.get("tie_word_embeddings", head is None))
     if config.tied and None not in (head, embed):   # the config says tied, the head is another matrix: then it is not
-        config.tied = as_bytes(head).equal(as_bytes(embed))
-    if config.tied:
-        found.pop("lm_head.weight", None)
-    found = {name: tensor for name, tensor in found.items() if not name.endswith("rotary_emb.inv_freq")}
-    try:
-        with torch.device("meta"):              # shapes only, so that a wrong file costs no memory
-            model = Transformer(config)
-    except RuntimeError:
-        raise ValueError(f"{path / 'config.json'}: sizes that no machine can hold") from None
-    wanted = checkpoint_tensors(model)
-    faults = [f"missing {n}" for n in wanted if n not in found]
-    faults += [f"surplus {repr(n)[1:-1]}" for n in found if n not in wanted]
-    faults += [f"{n} is {list(found[n].shape)}, not {list(t.shape)}" for n, t in wanted.items()
-               if n in found and found[n].shape != t.shape]
-    if faults:
-        more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
-        raise ValueError(f"{path}: weights do not fit config.json: {', '.join(faults[:8])}{more}")
-    for module in model.modules():              # to_empty() would do it, and import 32 MB of torch's compiler
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device)))
+        config.tied = torch.equal(*(t.flatten().view(torch.uint8) for t in (head, embed)))
+    with naming(path / "config.json"), torch.device("meta"):    # shapes only, so that a wrong file costs no memory
+        model = Transformer(config)
+    wanted, there = ({n: list(t.shape) for n, t in tensors.items()} for tensors in (checkpoint_tensors(model), found))
+    faults = [f"{name!r} is {there.get(name, 'absent')}, not {wanted.get(name, 'absent')}"
+              for name in wanted | there if there.get(name) != wanted.get(name)
+              and (name in wanted or not name.endswith(("lm_head.weight", "rotary_emb.inv_freq")))]     # spare copies
+    need(not faults, f"{path}: {len(faults)} tensors do not fit config.json: {'; '.join(faults[:8])}")
+    model.load_state_dict({name: torch.empty(p.shape, dtype=dtype, device=device)     # to_empty() would do it, and
+                           for name, p in model.named_parameters()}, assign=True)     # import 32 MB of torch's compiler
     with torch.no_grad():
         for name, view in checkpoint_tensors(model).items():
             tensor = found.pop(name)
             if tensor.data_ptr() % tensor.element_size():   # unaligned: copied byte by byte
-                tensor = as_bytes(tensor).clone().view(tensor.dtype).view(tensor.shape)
+                tensor = tensor.view(torch.uint8).clone().view(tensor.dtype)
             view.copy_(tensor)
     return model.eval()
 
@@ -676,8 +634,6 @@ def write_beside(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except OSError as error:                    # such as a full disk, which does not say of which file it speaks
-        raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
     finally:
         beside.unlink(missing_ok=True)
 
@@ -695,26 +651,22 @@ def save(model, path, source=None):
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     stale = {*weight_files(path), path / "model.safetensors.index.json"} - {path / "model.safetensors"}
-    tensors = {name: t.detach() for name, t in checkpoint_tensors(model).items()}
-    header, offset = {}, 0
+    tensors, names = checkpoint_tensors(model), {dtype: name for name, dtype in DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, t in tensors.items():
-        size = t.numel() * t.element_size()
-        header[name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [end, end := end + t.nbytes]}
+    text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)             # the data starts aligned
 
     def weights(file):
         file.write(len(text).to_bytes(8, "little") + text)
         for t in tensors.values():              # one at a time: no second copy of the model
-            file.write(as_bytes(t.cpu()).numpy().data)
+            file.write(t.detach().cpu().view(torch.uint8).numpy())
 
     write_beside(path / "model.safetensors", weights)
-    if source is not None and Path(source).resolve() != path.resolve():
-        for file in sorted(Path(source).iterdir()):
-            if file.is_file() and "safetensors" not in file.name and file.name != "config.json" and (
-                    file.suffix in (".json", ".jinja", ".txt") or file.name == "tokenizer.model"):
-                write_beside(path / file.name, lambda copy: copy.write(file.read_bytes()))
+    for file in sorted(Path(source).iterdir()) if source is not None else ():
+        if file.suffix in (".json", ".jinja", ".txt", ".model") and not re.search("^config|safetensors", file.name):
+            write_beside(path / file.name, lambda copy: copy.write(file.read_bytes()))
     config = dict(model.config.raw, dtype=str(model.embed.weight.dtype).removeprefix("torch."),
                   tie_word_embeddings=model.config.tied)   # where it is absent, transformers expects an lm_head
     config.pop("torch_dtype", None)             # the older name of dtype

@@ -386,10 +386,11 @@ def test_missing_surplus_and_misshapen_tensors_are_named(tmp_path):
     tensors["model.norm.weight"] = torch.zeros(15)
     write_weights(tmp_path / "model.safetensors", tensors)
     line = refusal(tmp_path)
-    assert "missing model.layers.1.self_attn.k_proj.bias" in line and "model.norm.weight is [15], not [16]" in line
-    assert "surplus" in line and "model.layers.2.mlp.up_proj.weight" in line
+    assert "'model.layers.1.self_attn.k_proj.bias' is absent, not [8]" in line
+    assert "'model.norm.weight' is [15], not [16]" in line
+    assert "'model.layers.2.mlp.up_proj.weight' is [1], not absent" in line
     edit(tmp_path / "config.json", num_hidden_layers=9)
-    assert "more" in refusal(tmp_path) and len(refusal(tmp_path)) < 1000
+    assert " 86 tensors" in refusal(tmp_path) and len(refusal(tmp_path)) < 1000
 
 
 def test_without_tie_word_embeddings_the_file_decides(tmp_path):
@@ -404,7 +405,7 @@ def test_without_tie_word_embeddings_the_file_decides(tmp_path):
         save(again, tmp_path / "saved")                                      # transformers takes its absence for False
         assert json.loads((tmp_path / "saved/config.json").read_text())["tie_word_embeddings"] == model.config.tied
     edit(tmp_path / "qwen3/config.json", tie_word_embeddings=False)
-    assert "missing lm_head.weight" in refusal(tmp_path / "qwen3")
+    assert "'lm_head.weight' is absent" in refusal(tmp_path / "qwen3")
 
 
 def test_copies_that_some_checkpoints_keep_are_passed_over(tmp_path):
@@ -437,7 +438,7 @@ def test_an_output_head_of_its_own_counts_although_the_config_calls_it_tied(tmp_
     (dict(rope_scaling={"rope_type": "llama3"}), "factor"), (dict(rope_scaling="x"), "rope"),
     (dict(use_sliding_window=True), "sliding"), (dict(hidden_act="gelu"), "gelu"), (dict(rope_theta=-1), "rope_theta"),
     (dict(rope_scaling={"rope_type": "linear", "factor": "4"}), "factor"), (dict(rms_norm_eps="x"), "rms_norm_eps"),
-    (dict(layer_types=["sliding_attention"]), "full attention"), (dict(rope_theta=10**400), "rope_theta"),
+    (dict(layer_types=["sliding_attention"]), "full_attention"), (dict(rope_theta=10**400), "rope_theta"),
     (dict(num_hidden_layers=2**31 - 1), "layers"), (dict(vocab_size=2**31 - 1, hidden_size=2**31 - 1), "size"),
     (dict(num_hidden_layers=2000), "2000 layers"),
 ])
@@ -450,8 +451,7 @@ def test_a_foreign_config_is_refused_in_one_line(changes, word, tmp_path):
 
 def test_a_directory_without_its_files_is_refused_in_one_line(tmp_path):
     """Typing errors in --slm are the most frequent fault of all."""
-    assert "no such directory" in refusal(tmp_path / "nowhere")
-    assert "config.json" in refusal(tmp_path)
+    assert "config.json" in refusal(tmp_path / "nowhere") and "config.json" in refusal(tmp_path)
     for text in ("{", "[]", '"\udce9', "[" * 100_000):
         (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
         assert "config.json" in refusal(tmp_path)
