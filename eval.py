@@ -14,9 +14,9 @@ Every method answers the same questions, which no stage of training should have 
                        accurate as the relay: p = (relay - slm) / (llm - slm) (RelayLLM, section 6)
     random_router_equal_cost    the same with p = the relay's rho
 
-and, with --all, models that were trained otherwise (VARIANTS below). The relay closes a share p of the gap between the
-two models, and costs 1 - rho / p less than the first router. Accuracies and differences come with a 95% interval: the
-questions are drawn again, 2,000 times, with replacement, the same for all methods (paired percentile bootstrap);
+and, with --all, models that were trained otherwise (grpo.py --variant). The relay closes a share p of the gap between
+the two models, and costs 1 - rho / p less than the first router. Accuracies and differences come with a 95% interval:
+the questions are drawn again, 2,000 times, with replacement, the same for all methods (paired percentile bootstrap);
 repeated answers to one question stay together. All counts are of what ran; only the random routers are computed.
 
 For the toy one more figure is known: the bound, what calls placed exactly on the unknown facts would cost.
@@ -32,14 +32,13 @@ import itertools
 import json
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import suppress
 
 import numpy as np
-import torch
 
 from data import load_questions, split_of, toy_questions
-from model import Transformer, fingerprint, load, write_beside, write_json
+from model import fingerprint, load, write_beside, write_json
 from relay import (COMMAND, Call, Rollout, Run, WrongArguments, command, figures, fill_in, is_right, load_pair, machine,
                    means, parser, positive, relay, run_script, show_presets)
 from warmup import progress_bar
@@ -48,13 +47,6 @@ TOY = dict(temperature=0.7, max_new_tokens=96, limit=1000, fixed=[1, 4, 9])
 PAPER = dict(temperature=0.0, max_new_tokens=8192, fixed=[20, 100, 500])
 THRESHOLDS = [0.05, 0.1, 0.2, 0.4, 0.8, 1.6]     # of the token router, in nats
 ROWS = ["warmup", "relay_no_teacher", "fixed", "token_router"]     # that --rows may leave out
-VARIANTS = {                                     # directory in the run: the flags of grpo.py that make it
-    "grpo_no_call": "--slm {slm} --no-teacher --reward simple",
-    "simple_reward": "--reward simple",
-    "llm_tokens_in_loss": "--llm-tokens-in-loss",
-    "batch_scenarios": "--batch-scenarios",
-    "rho_asked": "--rho-asked",
-}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers: each is written once, and kept in RUN/eval/answers.jsonl
@@ -70,44 +62,34 @@ class Answers:
                 record = json.loads(line)
                 self.records[record["key"]] = record
         if text and not text.endswith("\n"):
-            with open(path, "a", encoding="utf-8") as file:
-                file.write("\n")
+            write_beside(path, lambda file: file.write(text.encode() + b"\n"))
 
-    def write(self, method, writer, helper, marks, tokenizer, questions, repeat, args, **options):
-        """Roll-outs and seconds of `questions`, each `repeat` times. writer, helper: models; marks: fingerprints."""
-        settings = dict(marks=marks, dtypes=[str(m.embed.weight.dtype) for m in (writer, helper) if m],
-                        temperature=args.temperature, llm_temperature=args.llm_temperature,
-                        max_new_tokens=args.max_new_tokens, **options)
-        chats = [tokenizer.chat(question.text) for question in questions]
-        jobs = []                                 # of each answer its key, prompt and seed
-        for n in range(len(questions) * repeat):
-            prompt, seed = chats[n // repeat], (args.seed, n)
-            text = json.dumps([settings, seed, prompt], sort_keys=True)
-            jobs.append((hashlib.sha256(text.encode()).hexdigest(), prompt, seed))
-        missing = [job for job in jobs if job[0] not in self.records]
+    def write(self, method, writer, helper, marks, tokenizer, questions, args, **options):
+        """Roll-outs and seconds of an answer to each question. writer, helper: models; marks: their fingerprints."""
+        options.update((key, getattr(args, key)) for key in ("temperature", "llm_temperature", "max_new_tokens"))
+        settings = dict(options, marks=marks, dtypes=[str(m.embed.weight.dtype) for m in (writer, helper) if m])
+        jobs = [(tokenizer.chat(question.text), (args.seed, n)) for n, question in enumerate(questions)]
+        keys = [hashlib.sha256(json.dumps([settings, seed, prompt], sort_keys=True).encode()).hexdigest()
+                for prompt, seed in jobs]
+        missing = [(key, *job) for key, job in zip(keys, jobs) if key not in self.records]
         with progress_bar(total=len(jobs), initial=len(jobs) - len(missing), desc=method, unit="answer") as bar:
             for start in range(0, len(missing), args.batch):
-                part, before = missing[start:start + args.batch], time.perf_counter()
-                _, prompts, seeds = zip(*part)
-                rollouts = relay(writer, helper, tokenizer, prompts, seed=seeds, max_new_tokens=args.max_new_tokens,
-                                 temperature=args.temperature, llm_temperature=args.llm_temperature,
-                                 progress=bar.update, **options)
-                seconds = (time.perf_counter() - before) / len(part)
+                before = time.perf_counter()
+                names, prompts, seeds = zip(*missing[start:start + args.batch])
+                written = relay(writer, helper, tokenizer, prompts, seed=seeds, progress=bar.update, **options)
+                seconds = (time.perf_counter() - before) / len(names)
                 with open(self.path, "a", encoding="utf-8") as file:
-                    for (key, _, (_, n)), r in zip(part, rollouts):
-                        self.records[key] = dict(key=key, method=method, question=n // repeat, repeat=n % repeat,
-                                                 tokens=r.tokens, calls=r.calls, end=r.end, cost=r.cost,
-                                                 seconds=seconds)
+                    for key, (_, n), r in zip(names, seeds, written):
+                        self.records[key] = dict(key=key, method=method, index=n, tokens=r.tokens, calls=r.calls,
+                                                 end=r.end, cost=r.cost, seconds=seconds)
                         file.write(json.dumps(self.records[key]) + "\n")
-        rollouts, seconds = [], 0.0
-        for key, prompt, _ in jobs:
-            record = self.records[key]
+        rollouts, records = [], [self.records[key] for key in keys]
+        for record, (prompt, _) in zip(records, jobs):
             by_llm, calls = [False] * len(record["tokens"]), [Call(*call) for call in record["calls"]]
             for call in calls:
                 by_llm[call.position:call.position + call.delivered] = [True] * call.delivered
             rollouts.append(Rollout(prompt, record["tokens"], by_llm, [], calls, record["end"], record["cost"]))
-            seconds += record["seconds"]
-        return rollouts, seconds
+        return rollouts, sum(record["seconds"] for record in records)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,34 +109,18 @@ def routers(rows, right):
     Without a gap between SLM and LLM there is nothing to close: the router sends nothing to the LLM. Where some of the
     resamples have none, the share of the gap has no interval.
     """
-    answers = np.array([right[name] for name in ("slm", "llm", "relay")], dtype=float)
-    slm, llm, _ = answers
-    ours, p = rows["relay"], 0.0
-    ours.update(gap_closed=None, gap_closed_ci95=None, cost_reduction=None)
-    if llm.mean() > slm.mean():
-        gap = lambda v: v[1].mean() - v[0].mean()
-        share = lambda v: (v[2].mean() - v[0].mean()) / gap(v) if gap(v) > 0 else np.nan
-        p, ends = float(share(answers)), interval(answers, share)
-        ours.update(gap_closed=p, gap_closed_ci95=None if np.isnan(ends).any() else ends,
-                    cost_reduction=1 - ours["rho"] / p if p > 0 else None)
-    p = min(max(p, 0.0), 1.0)
-    shared = {key: ours[key] for key in ("questions", "seed", "temperature", "max_new_tokens", "repeat")}
-    for name, sent in (("random_router", p), ("random_router_equal_cost", ours["rho"])):
-        right[name] = (1 - sent) * slm + sent * llm                 # its expected accuracy on each question
-        rows[name] = dict(method=name, accuracy=float(right[name].mean()), rho=sent, ci95=interval(right[name]),
-                          **shared)
+    def share(answers):
+        slm, llm, relayed = (a.mean() for a in answers)
+        return (relayed - slm) / (llm - slm) if llm > slm else np.nan
 
-
-def difference(rows, right, name):
-    """The relay less another method, on the same questions, with its interval."""
-    gained = right["relay"] - right[name]
-    return dict(accuracy=float(gained.mean()), ci95=interval(gained), rho=rows["relay"]["rho"] - rows[name]["rho"])
-
-
-def parameters(config):
-    """How many numbers a model of this Config learns."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in Transformer(config).parameters())
+    answers, ours = np.array([right[name] for name in ("slm", "llm", "relay")], dtype=float), rows["relay"]
+    p, ends = float(share(answers)), interval(answers, share)
+    ours.update(gap_closed=None if np.isnan(p) else p, gap_closed_ci95=None if np.isnan(ends).any() else ends,
+                cost_reduction=1 - ours["rho"] / p if p > 0 else None)
+    same = {key: ours[key] for key in ("method", "questions", "seed", "temperature", "max_new_tokens", "repeat")}
+    for name, sent in (("random_router", min(p, 1.0) if p > 0 else 0.0), ("random_router_equal_cost", ours["rho"])):
+        right[name] = (1 - sent) * answers[0] + sent * answers[1]   # its expected accuracy on each question
+        rows[name] = dict(same, method=name, accuracy=float(right[name].mean()), rho=sent, ci95=interval(right[name]))
 
 
 def bound(questions, tokenizer):
@@ -165,60 +131,48 @@ def bound(questions, tokenizer):
     return sum(facts) / (answers + commands)
 
 
-def where_calls_happen(questions, rollouts, tokenizer, repeat):
-    """What stands just before the commands (ten most frequent), where they stand, and n by kind of question."""
-    before, place, asked = Counter(), Counter(), {}
-    for i, r in enumerate(rollouts):
+def where_calls_happen(answers, tokenizer):
+    """What stands before the relay's calls, and n by kind of question: the ten most frequent and how often."""
+    counts = defaultdict(Counter)
+    for question, r in answers:
         for call in r.calls:
             text = COMMAND.sub(b"", b"".join(tokenizer.token_bytes[t] for t in r.tokens[:call.position]))
-            before[" ".join(text.decode("utf-8", "replace").split()[-3:])] += 1
-            place[f"{call.position * 10 // len(r.tokens) * 10}%"] += 1
-            asked.setdefault(questions[i // repeat].kind or "all", Counter())[call.asked] += 1
-    return dict(before=dict(before.most_common(10)), place=dict(sorted(place.items())),
-                asked={kind: dict(sorted(counts.items())) for kind, counts in asked.items()})
+            counts["words before a call"][" ".join(text.decode("utf-8", "replace").split()[-3:])] += 1
+            counts[f"n asked, {question.kind or 'all'}"][call.asked] += 1
+    return {what: dict(counter.most_common(10)) for what, counter in counts.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
 
+HEADER = "method                    accuracy  95% interval         rho  calls     n  length   cut  parameters     time"
+COLUMNS = dict(accuracy="{:9.1%}", beside="  {:15}", rho="{:9.2%}", call_rate="{:7.0%}", asked="{:6.1f}",
+               length="{:8.1f}", cut="{:6.1%}", parameters_a_token="{:12,.0f}", time="{:8.2f}x")
+
+
 def as_text(rows):
-    """results.json as the table that is printed."""
-    lines = [f"{'method':25}{'accuracy':>9}  {'95% interval':15}{'rho':>9}{'calls':>7}{'n':>6}{'length':>8}{'cut':>6}"
-             f"{'parameters':>12}{'time':>9}"]
-    base = next((row["seconds"] for row in rows if row["method"] == "llm"), 0) or 1
+    """results.json as the table that is printed. Below a method stand its questions of each kind."""
+    lines, base = [HEADER], next((row["seconds"] for row in rows if row["method"] == "llm"), 0) or 1
     for row in rows:
-        lines.append(columns(row["method"], row, "{:.1%} - {:.1%}".format(*row["ci95"])))
-        if "seconds" in row:
-            lines[-1] += f"{row['parameters_a_token']:12,.0f}{row['seconds'] / base:8.2f}x"
-        for kind, part in row.get("by_kind", {}).items():
-            lines.append(columns(f"  {kind}", part, f"{part['questions']:>5} questions"))
+        parts = {row["method"]: row} | {f"  {kind}": part for kind, part in row.get("by_kind", {}).items()}
+        for name, part in parts.items():
+            beside = "{:.1%} - {:.1%}".format(*part["ci95"]) if "ci95" in part else f"{part['questions']:>5} questions"
+            shown = dict(part, beside=beside, **{"time": part["seconds"] / base} if "seconds" in part else {})
+            lines.append(f"{name:25}" + "".join(form.format(shown[key]) if shown[key] is not None else "     -"
+                                                for key, form in COLUMNS.items() if key in shown))
     return "\n".join(lines)
-
-
-def columns(name, row, beside):
-    """The columns up to cut, of a row or of its questions of one kind. beside: what stands beside the accuracy."""
-    line = f"{name:25}{row['accuracy']:9.1%}  {beside:15}{row['rho']:9.2%}"
-    if "length" in row:                           # not of the computed rows
-        asked = f"{row['asked']:.1f}" if row["asked"] else "-"
-        line += f"{row['call_rate']:7.0%}{asked:>6}{row['length']:8.1f}{row['cut']:6.1%}"
-    return line
 
 
 def tell(ours, analysis):
     """What the table does not show, in lines."""
+    percent = lambda share: "-" if share is None else f"{share:.1%}"
     if ours["gap_closed"] is not None:
-        ends = "{:.1%} - {:.1%}".format(*ours["gap_closed_ci95"]) if ours["gap_closed_ci95"] else "no interval"
-        reduction = f"{ours['cost_reduction']:.1%}" if ours["cost_reduction"] is not None else "-"
+        ends = " - ".join(map(percent, ours["gap_closed_ci95"])) if ours["gap_closed_ci95"] else "no interval"
         print(f"the relay closes {ours['gap_closed']:.1%} ({ends}) of the gap with {ours['rho']:.2%} of the tokens, "
-              f"{reduction} below the accuracy-matched random router")
-    calls = analysis["calls"]
-    for name in ("called", "alone"):
-        if ours[f"accuracy_{name}"] is not None:
-            print(f"{'with' if name == 'called' else 'without'} a call {ours[f'accuracy_{name}']:.1%} are right")
-    for kind, counts in calls["asked"].items():
-        print(f"n asked, {kind}: " + ", ".join(f"{n} {count}x" for n, count in counts.items()))
-    if calls["before"]:
-        print("before its calls stands: " + ", ".join(f"{text!r} {n}x" for text, n in calls["before"].items()))
+              f"{percent(ours['cost_reduction'])} below the accuracy-matched random router")
+    print(f"right with a call: {percent(ours['accuracy_called'])}, without: {percent(ours['accuracy_alone'])}")
+    for what, counts in analysis["calls"].items():
+        print(f"{what}: " + ", ".join(f"{value!r} {n}x" for value, n in counts.items()))
     if "bound_rho" in analysis:
         print(f"bound: calls exactly on the unknown facts would cost rho {analysis['bound_rho']:.2%}")
 
@@ -237,37 +191,32 @@ def plot(rows, sweep, metrics, path):
     top.plot([x for x, _ in points], [y for _, y in points], ".:", color="tab:green", label="token router, swept")
     for (name, row), mark in zip(rows.items(), itertools.cycle("os^vDP*Xp<>hd")):
         if not name.startswith("random"):
-            low, high = row["ci95"]
-            bar = [[max(0, row["accuracy"] - low)], [max(0, high - row["accuracy"])]]
+            bar = np.abs(np.subtract(row["ci95"], row["accuracy"]))[:, None]
             top.errorbar([max(row["rho"], 1e-4)], [row["accuracy"]], yerr=bar, fmt=mark, capsize=3, label=name)
     top.set(xscale="log", xlabel="share of tokens by the LLM (none: at the left edge)", ylabel="accuracy")
     top.legend(fontsize=8, ncols=2)
-    steps = [m["step"] for m in metrics]
     for axes, key in zip(curves, ("accuracy", "rho", "length")):
-        axes.plot(steps, [m[key] for m in metrics])
+        axes.plot([m["step"] for m in metrics], [m[key] for m in metrics])
         axes.set(title=f"{key} in training", xlabel="step")
     figure.savefig(path, dpi=110)
 
 
-def page(rows, questions, rollouts, tokenizer, picture):
+def page(rows, answers, tokenizer, picture):
     """One self-contained HTML page: the table, the picture, some roll-outs with the LLM's tokens marked."""
-    parts = ["<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-             "<title>RelayLLM</title><style>body{font:16px/1.5 sans-serif;max-width:60em;margin:auto;padding:1em}"
-             "pre{overflow-x:auto;font-size:13px}img{max-width:100%}mark{background:#9e9}p{overflow-wrap:anywhere}"
-             "</style>"
-             f"<h1>RelayLLM</h1><pre>{html.escape(as_text(rows))}</pre>"]
+    parts = ["<!doctype html><meta charset=utf-8><title>RelayLLM</title><style>body{font:16px/1.5 sans-serif;max-width:"
+             "60em;margin:auto;overflow-wrap:anywhere}pre{overflow-x:auto;font-size:13px}img{max-width:100%}"
+             f"mark{{background:#9e9}}</style><h1>RelayLLM</h1><pre>{html.escape(as_text(rows))}</pre>"]
     if picture.exists():
         data = base64.b64encode(picture.read_bytes()).decode()
         parts.append(f"<img alt='accuracy against cost' src='data:image/png;base64,{data}'>")
     parts.append("<h2>Roll-outs of the relay</h2><p>Marked: what the large model wrote.</p>")
-    for question, rollout in list(zip(questions, rollouts))[:20]:
+    for question, rollout in answers[:20]:
         right = "right" if is_right(question, rollout, tokenizer) else "wrong"
         parts.append(f"<p><b>{html.escape(question.text)}</b> ({html.escape(question.kind)} {right})<br>")
         for by_llm, run in itertools.groupby(zip(rollout.tokens, rollout.by_llm), key=lambda pair: pair[1]):
             text = html.escape(tokenizer.decode([token for token, _ in run]))
             parts.append(f"<mark>{text}</mark>" if by_llm else text)
-        parts.append("</p>")
-    return "".join(parts) + "</html>\n"
+    return "".join(parts) + "\n"
 
 
 def arguments():
@@ -275,8 +224,8 @@ def arguments():
     g = p.add_argument_group("the table")
     g.add_argument("--repeat", type=positive(int), default=1,
                    help="answers to each question, at a --temperature above 0 (1; the paper's AIME: 32)")
-    g.add_argument("--rows", nargs="*", choices=[*ROWS, *VARIANTS], default=ROWS, metavar="METHOD",
-                   help="beside slm, relay and llm only these (default: all)")
+    g.add_argument("--rows", nargs="*", default=ROWS, metavar="METHOD", help="beside slm, relay and llm only these, of "
+                   f"{', '.join(ROWS)} and the names of grpo.py --variant (default: the first four)")
     g.add_argument("--fixed", type=positive(int), nargs="+", metavar="N", help="lengths of the fixed_N rows")
     g.add_argument("--fit", type=positive(int), default=200, help="other questions, to fit the token router on (200)")
     g.add_argument("--all", action="store_true", help="also what grpo.py --variant has put into the run")
@@ -301,18 +250,13 @@ def fit_questions(args, run, questions):
     return found
 
 
-def find_variants(args, run, slm):
-    """{name: its settings} of the models of grpo.py --variant that are asked for. Says how to make what is missing."""
-    stages, grpo = run.info["stages"], run.info["stages"]["grpo"]
-    asked = lambda name: args.all or name in args.rows
-    there = {name: stage for name, stage in stages.items() if asked(name) and run.has(name)
+def find_variants(args, run):
+    """{name: its settings} of the models of grpo.py --variant that --rows asks for, or --all."""
+    there = {name: stage for name, stage in run.info["stages"].items() if run.has(name)
              and name not in ("warmup", "grpo") and not name.startswith("pretrain ")}
-    same = f"--seed {grpo['seed']}" + (f" --questions {grpo['questions']}" if "questions" in grpo else "")
-    for name, flags in VARIANTS.items():
-        if asked(name) and name not in there:
-            print(f"{name} is missing; make it, with what other flags grpo had: python grpo.py --run {run.path} "
-                  f"--variant {name} {same} {flags.format(slm=slm)}")
-    return there
+    if missing := ", ".join(sorted(set(args.rows) - {*ROWS, *there})):
+        raise WrongArguments(f"--rows {missing}: not in {run.path}; a model is put there by grpo.py --variant")
+    return {name: stage for name, stage in there.items() if args.all or name in args.rows}
 
 
 class Table:
@@ -320,41 +264,36 @@ class Table:
 
     def __init__(self, paths, device, dtype, questions, answers, args):
         """paths: {name: model directory}, at least slm and llm."""
-        self.paths, self.questions, self.answers, self.args = paths, questions, answers, args
-        self.device, self.dtype, self.fingerprint = device, dtype, functools.cache(fingerprint)
+        self.questions, self.answers, self.args = questions, answers, args
+        self.load = lambda name: load(paths[name], device, dtype)
+        self.mark = functools.cache(lambda name: fingerprint(paths[name]))
         slm, llm, self.tokenizer = load_pair(paths["slm"], paths["llm"], device, dtype, dtype)
         self.models = dict(slm=slm, llm=llm)                   # any other is loaded for each of its rows
-        self.rows, self.right = {}, {}                         # of each method; right: a share for each question
+        self.rows, self.right, self.pairs = {}, {}, {}         # of each method; right: a share for each question
 
     def ask(self, method, writer, helper=None, questions=None, **options):
         """A method's row. It goes into the table, but for those of other questions than the table's."""
-        asked, args = questions or self.questions, self.args
-        repeat = 1 if questions else args.repeat
-        models = (self.models.get(writer) or load(self.paths[writer], self.device, self.dtype),
-                  self.models.get(helper))
-        marks = [self.fingerprint(self.paths[name]) if name else None for name in (writer, helper)]
-        rollouts, seconds = self.answers.write(method, *models, marks, self.tokenizer, asked, repeat, args,
-                                                **options)
+        args, repeat = self.args, 1 if questions else self.args.repeat
+        asked = [q for q in questions or self.questions for _ in range(repeat)]            # one for each answer
+        models = self.models.get(writer) or self.load(writer), self.models.get(helper)
+        marks = [self.mark(name) if name else None for name in (writer, helper)]
+        rollouts, seconds = self.answers.write(method, *models, marks, self.tokenizer, asked, args, **options)
         if method == "llm":
             for r in rollouts:
                 r.by_llm = [True] * len(r.tokens)
-        hits = [is_right(asked[i // repeat], r, self.tokenizer) for i, r in enumerate(rollouts)]
-        right, by_kind = np.reshape(hits, (-1, repeat)).mean(axis=1), {}
+        hits, by_kind = [is_right(q, r, self.tokenizer) for q, r in zip(asked, rollouts)], {}
         for kind in sorted({q.kind for q in asked if q.kind}):
-            chosen = [i for i in range(len(hits)) if asked[i // repeat].kind == kind]
-            by_kind[kind] = dict(questions=len(chosen) // repeat, **means(figures(
-                [hits[i] for i in chosen], [rollouts[i] for i in chosen])))
-        small, large = (parameters(model.config) if model else 0 for model in models)
-        ran = sum((r.cost["slm_prefill"] + r.cost["slm_decode"]) * small
-                  + (r.cost["llm_prefill"] + r.cost["llm_decode"]) * large for r in rollouts)
-        row = dict(method=method, questions=len(asked), **means(figures(hits, rollouts)), ci95=interval(right),
+            chosen = [(hit, r) for q, hit, r in zip(asked, hits, rollouts) if q.kind == kind]
+            by_kind[kind] = dict(questions=len(chosen) // repeat, **means(figures(*zip(*chosen))))
+        size = {who: sum(p.numel() for p in model.parameters()) for who, model in zip(("slm", "llm"), models) if model}
+        ran = sum(n * size.get(what[:3], 0) for r in rollouts for what, n in r.cost.items())     # what: "llm_decode"...
+        right = np.reshape(hits, (-1, repeat)).mean(axis=1)
+        row = dict(method=method, questions=len(right), **means(figures(hits, rollouts)), ci95=interval(right),
                    seed=args.seed, temperature=args.temperature, max_new_tokens=args.max_new_tokens, repeat=repeat,
                    parameters_a_token=ran / max(1, sum(len(r.tokens) for r in rollouts)), seconds=seconds,
                    by_kind=by_kind)
         if questions is None:
-            self.rows[method], self.right[method] = row, right
-            if method == "relay":
-                self.rollouts = rollouts
+            self.rows[method], self.right[method], self.pairs[method] = row, right, list(zip(asked, rollouts))
         return row
 
     def route(self, others):
@@ -362,9 +301,8 @@ class Table:
         relay there, or the most accurate one. Returns its row for each threshold."""
         sweep = {t: self.ask("token_router", "slm", "llm", others, router=(t, t)) for t in THRESHOLDS}
         aim = self.ask("relay", "relay", "llm", others)["accuracy"]
-        enough = [t for t in THRESHOLDS if sweep[t]["accuracy"] >= aim]
-        best = (min(enough, key=lambda t: sweep[t]["rho"]) if enough
-                else max(THRESHOLDS, key=lambda t: sweep[t]["accuracy"]))
+        enough = [t for t in sweep if sweep[t]["accuracy"] >= aim]
+        best = min(enough, key=lambda t: sweep[t]["rho"]) if enough else max(sweep, key=lambda t: sweep[t]["accuracy"])
         self.ask("token_router", "slm", "llm", router=(best, best))["threshold"] = best
         return sweep
 
@@ -384,10 +322,9 @@ def main():
     if args.questions and str(args.questions) == run.info["stages"]["grpo"].get("questions"):
         print("warning: these are the questions of training")
     device, dtype = machine(args, run.toy)
-    paths = dict(slm=args.slm or run.directory("slm"), llm=args.llm or run.directory("llm"),
-                 warmup=run.path / "warmup", relay=run.path / "grpo")
-    variants = find_variants(args, run, paths["slm"])
-    paths |= {name: run.path / name for name in variants}
+    variants = find_variants(args, run)
+    paths = dict({name: run.path / name for name in ("warmup", *variants)}, relay=run.path / "grpo",
+                 slm=args.slm or run.directory("slm"), llm=args.llm or run.directory("llm"))
     questions = (list(itertools.islice(toy_questions("eval", random.Random(f"eval {args.seed}")), args.limit)) if toy
                  else load_questions(args.questions, args.limit))
     others = fit_questions(args, run, questions) if "token_router" in args.rows else []
@@ -407,23 +344,26 @@ def main():
     for name, stage in variants.items():
         table.ask(name, name, None if stage.get("no_teacher") else "llm")
     sweep = table.route(others) if others else {}
-    rows, right, relayed = table.rows, table.right, table.rollouts
+    rows, right, answers = table.rows, table.right, table.pairs["relay"]          # (question, roll-out) pairs
     routers(rows, right)
 
-    analysis = dict(relay_minus={name: difference(rows, right, name) for name in right if name != "relay"},
-                    calls=where_calls_happen(questions, relayed, table.tokenizer, args.repeat),
+    gains = {name: right["relay"] - right[name] for name in right if name != "relay"}
+    analysis = dict(relay_minus={name: dict(accuracy=float(gain.mean()), ci95=interval(gain),
+                                            rho=rows["relay"]["rho"] - rows[name]["rho"])
+                                 for name, gain in gains.items()},
+                    calls=where_calls_happen(answers, table.tokenizer),
                     token_router={str(t): dict(accuracy=row["accuracy"], rho=row["rho"]) for t, row in sweep.items()})
     if toy:
         analysis["bound_rho"] = bound(questions, table.tokenizer)
-    for name, content in (("analysis.json", analysis), ("results.json", list(rows.values()))):
-        write_json(out / name, content)
+    write_json(out / "analysis.json", analysis)
+    write_json(out / "results.json", list(rows.values()))
     print(as_text(rows.values()))
     tell(rows["relay"], analysis)
     if args.plot:
         lines = (run.path / "grpo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         plot(rows, sweep, [json.loads(line) for line in lines], out / "plot.png")
     if args.html:
-        text = page(list(rows.values()), questions, relayed[::args.repeat], table.tokenizer, out / "plot.png")
+        text = page(list(rows.values()), answers[::args.repeat], table.tokenizer, out / "plot.png")
         write_beside(out / "index.html", lambda file: file.write(text.encode()))
     print(f"wrote {out / 'results.json'}; next: python relay.py --run {run.path}")
 

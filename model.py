@@ -23,6 +23,7 @@ that the paper uses need none of them).
 Sources: RMSNorm (arXiv 1910.07467), RoPE (2104.09864), grouped-query attention (2305.13245), SwiGLU (2002.05202).
 """
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -471,6 +472,7 @@ def naming(path):
 
 
 def need(fine, fault):
+    """ValueError that says the fault, unless all is fine."""
     if not fine:
         raise ValueError(fault)
 
@@ -657,13 +659,9 @@ def save(model, path, source=None):
         header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [end, end := end + t.nbytes]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)             # the data starts aligned
-
-    def weights(file):
-        file.write(len(text).to_bytes(8, "little") + text)
-        for t in tensors.values():              # one at a time: no second copy of the model
-            file.write(t.detach().cpu().view(torch.uint8).numpy())
-
-    write_beside(path / "model.safetensors", weights)
+    blocks = (t.detach().cpu().view(torch.uint8).numpy() for t in tensors.values())    # one by one: no second model
+    write_beside(path / "model.safetensors",
+                 lambda file: file.writelines(itertools.chain([len(text).to_bytes(8, "little"), text], blocks)))
     for file in sorted(Path(source).iterdir()) if source is not None else ():
         if file.suffix in (".json", ".jinja", ".txt", ".model") and not re.search("^config|safetensors", file.name):
             write_beside(path / file.name, lambda copy: copy.write(file.read_bytes()))

@@ -29,8 +29,8 @@ import torch  # noqa: E402
 import relay as engine  # noqa: E402
 import grpo  # noqa: E402
 from data import Question, Tokenizer, save_toy_tokenizer  # noqa: E402
-from eval import parameters  # noqa: E402
 from model import Cache, Transformer, linear, load, parse_config, prepack, save  # noqa: E402
+from needs import parameters  # noqa: E402
 from relay import Reader, Rollout, relay, small_models  # noqa: E402
 from warmup import TOY_SIZES, adamw  # noqa: E402
 

@@ -10,12 +10,19 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from eval import parameters  # noqa: E402
 from grpo import PAPER  # noqa: E402
-from model import read_config  # noqa: E402
+from model import Transformer, read_config  # noqa: E402
 from relay import run_script  # noqa: E402
 from warmup import HEAD  # noqa: E402
+
+
+def parameters(config):
+    """How many numbers a model of this Config learns."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(config).parameters())
 
 
 def cache_bytes(config, size):

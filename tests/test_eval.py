@@ -16,7 +16,7 @@ from relay import Call, Rollout, figures, means
 
 
 def row(rho=0.0):
-    return dict(rho=rho, questions=10000, seed=1, temperature=0.7, max_new_tokens=96, repeat=1)
+    return dict(method="relay", rho=rho, questions=10000, seed=1, temperature=0.7, max_new_tokens=96, repeat=1)
 
 
 def hits(accuracy, n=10000):
@@ -116,8 +116,8 @@ def writer(tmp_path, monkeypatch):
     def write(marks=("a", "b"), options={}, **changes):
         ran.clear()
         answers = Answers(tmp_path / "answers.jsonl")
-        asked = [Question(text, "1") for text in ("ab", "c", "ab")]
-        rollouts, _ = answers.write("m", slm, llm, list(marks), tokenizer, asked, 2,
+        asked = [Question(text, "1") for text in ("ab", "ab", "c", "c", "ab", "ab")]
+        rollouts, _ = answers.write("m", slm, llm, list(marks), tokenizer, asked,
                                     SimpleNamespace(**dict(ARGS, **changes)), **options)
         return rollouts, sum(ran)
 
@@ -163,8 +163,8 @@ def test_where_calls_happen_is_counted_by_the_words_before_them():
     text = b"it costs <call>2</call>"
     r = Rollout([1], list(text) + [49, 49], [False] * len(text) + [True] * 2, calls=[Call(len(text), 2, 2)],
                 end="length")
-    got = where_calls_happen([Question("q", "1", "price")], [r], tokenizer, 1)
-    assert got == dict(before={"it costs": 1}, place={"90%": 1}, asked={"price": {2: 1}})
+    got = where_calls_happen([(Question("q", "1", "price"), r)], tokenizer)
+    assert got == {"words before a call": {"it costs": 1}, "n asked, price": {2: 1}}
 
 
 def test_the_page_shows_what_a_model_wrote_as_text():
@@ -172,7 +172,7 @@ def test_the_page_shows_what_a_model_wrote_as_text():
     tokenizer = ByteTokenizer()
     text = list(b"<script>alert(1)</script>")
     r = Rollout([1], text + [256], [i > 7 for i in range(len(text))] + [False], calls=[Call(8, 17, 17)], end="eos")
-    shown = eval_module.page([], [Question("a < b", "1", "x")], [r], tokenizer, Path("nothing.png"))
+    shown = eval_module.page([], [(Question("a < b", "1", "x"), r)], tokenizer, Path("nothing.png"))
     assert "<script" not in shown and "a &lt; b" in shown and "<mark>alert(1)&lt;/script&gt;</mark>" in shown
     assert "http" not in shown
 
