@@ -14,7 +14,7 @@ Every method answers the same questions, which no stage of training should have 
                        accurate as the relay: p = (relay - slm) / (llm - slm) (RelayLLM, section 6)
     random_router_equal_cost    the same with p = the relay's rho
 
-and, with --all, models that were trained otherwise (grpo.py --variant). The relay closes a share p of the gap between
+and, with --all, models that were trained otherwise (VARIANTS below). The relay closes a share p of the gap between
 the two models, and costs 1 - rho / p less than the first router. Accuracies and differences come with a 95% interval:
 the questions are drawn again, 2,000 times, with replacement, the same for all methods (paired percentile bootstrap);
 repeated answers to one question stay together. All counts are of what ran; only the random routers are computed.
@@ -47,6 +47,13 @@ TOY = dict(temperature=0.7, max_new_tokens=96, limit=1000, fixed=[1, 4, 9])
 PAPER = dict(temperature=0.0, max_new_tokens=8192, fixed=[20, 100, 500])
 THRESHOLDS = [0.05, 0.1, 0.2, 0.4, 0.8, 1.6]     # of the token router, in nats
 ROWS = ["warmup", "relay_no_teacher", "fixed", "token_router"]     # that --rows may leave out
+VARIANTS = {                                     # directory in the run: the flags of grpo.py that make it
+    "grpo_no_call": "--slm {slm} --no-teacher --reward simple",
+    "simple_reward": "--reward simple",
+    "llm_tokens_in_loss": "--llm-tokens-in-loss",
+    "batch_scenarios": "--batch-scenarios",
+    "rho_asked": "--rho-asked",
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers: each is written once, and kept in RUN/eval/answers.jsonl
@@ -132,11 +139,12 @@ def bound(questions, tokenizer):
 
 
 def where_calls_happen(answers, tokenizer):
-    """What stands before the relay's calls, and n by kind of question: the ten most frequent and how often."""
+    """Where in an answer the relay calls, behind which words, and n by kind of question: the ten most frequent."""
     counts = defaultdict(Counter)
     for question, r in answers:
         for call in r.calls:
             text = COMMAND.sub(b"", b"".join(tokenizer.token_bytes[t] for t in r.tokens[:call.position]))
+            counts["calls in the part of the answer from"][f"{call.position * 10 // len(r.tokens) * 10}%"] += 1
             counts["words before a call"][" ".join(text.decode("utf-8", "replace").split()[-3:])] += 1
             counts[f"n asked, {question.kind or 'all'}"][call.asked] += 1
     return {what: dict(counter.most_common(10)) for what, counter in counts.items()}
@@ -145,9 +153,10 @@ def where_calls_happen(answers, tokenizer):
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
 
-HEADER = "method                    accuracy  95% interval         rho  calls     n  length   cut  parameters     time"
+HEADER = ("method                    accuracy  95% interval         rho  calls     n  length   cut     parameters"
+          "     time")
 COLUMNS = dict(accuracy="{:9.1%}", beside="  {:15}", rho="{:9.2%}", call_rate="{:7.0%}", asked="{:6.1f}",
-               length="{:8.1f}", cut="{:6.1%}", parameters_a_token="{:12,.0f}", time="{:8.2f}x")
+               length="{:8.1f}", cut="{:6.1%}", parameters_a_token="{:15,.0f}", time="{:8.2f}x")
 
 
 def as_text(rows):
@@ -203,9 +212,10 @@ def plot(rows, sweep, metrics, path):
 
 def page(rows, answers, tokenizer, picture):
     """One self-contained HTML page: the table, the picture, some roll-outs with the LLM's tokens marked."""
-    parts = ["<!doctype html><meta charset=utf-8><title>RelayLLM</title><style>body{font:16px/1.5 sans-serif;max-width:"
-             "60em;margin:auto;overflow-wrap:anywhere}pre{overflow-x:auto;font-size:13px}img{max-width:100%}"
-             f"mark{{background:#9e9}}</style><h1>RelayLLM</h1><pre>{html.escape(as_text(rows))}</pre>"]
+    parts = ["<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+             "<title>RelayLLM</title><style>body{font:16px/1.5 sans-serif;max-width:60em;margin:auto;overflow-wrap:anywhere}"
+             "pre{overflow-x:auto;font-size:13px}img{max-width:100%}mark{background:#9e9}</style>"
+             f"<h1>RelayLLM</h1><pre>{html.escape(as_text(rows))}</pre>"]
     if picture.exists():
         data = base64.b64encode(picture.read_bytes()).decode()
         parts.append(f"<img alt='accuracy against cost' src='data:image/png;base64,{data}'>")
@@ -250,12 +260,19 @@ def fit_questions(args, run, questions):
     return found
 
 
-def find_variants(args, run):
-    """{name: its settings} of the models of grpo.py --variant that --rows asks for, or --all."""
+def find_variants(args, run, slm):
+    """{name: its settings} of the models of grpo.py --variant that --rows asks for, or --all. Says how to make others.
+    """
     there = {name: stage for name, stage in run.info["stages"].items() if run.has(name)
              and name not in ("warmup", "grpo") and not name.startswith("pretrain ")}
-    if missing := ", ".join(sorted(set(args.rows) - {*ROWS, *there})):
-        raise WrongArguments(f"--rows {missing}: not in {run.path}; a model is put there by grpo.py --variant")
+    if unknown := ", ".join(sorted({*args.rows} - {*ROWS, *VARIANTS, *there})):
+        raise WrongArguments(f"--rows {unknown}: no row, and no model that grpo.py --variant put into {run.path}")
+    grpo = run.info["stages"]["grpo"]
+    same = f"--seed {grpo['seed']}" + (f" --questions {grpo['questions']}" if "questions" in grpo else "")
+    for name, flags in VARIANTS.items():
+        if name not in there and (args.all or name in args.rows):
+            print(f"{name} is missing; make it, with what other flags grpo had: python grpo.py --run {run.path} "
+                  f"--variant {name} {same} {flags.format(slm=slm)}")
     return {name: stage for name, stage in there.items() if args.all or name in args.rows}
 
 
@@ -322,9 +339,10 @@ def main():
     if args.questions and str(args.questions) == run.info["stages"]["grpo"].get("questions"):
         print("warning: these are the questions of training")
     device, dtype = machine(args, run.toy)
-    variants = find_variants(args, run)
-    paths = dict({name: run.path / name for name in ("warmup", *variants)}, relay=run.path / "grpo",
-                 slm=args.slm or run.directory("slm"), llm=args.llm or run.directory("llm"))
+    paths = dict(slm=args.slm or run.directory("slm"), llm=args.llm or run.directory("llm"), warmup=run.path / "warmup",
+                 relay=run.path / "grpo")
+    variants = find_variants(args, run, paths["slm"])
+    paths |= {name: run.path / name for name in variants}
     questions = (list(itertools.islice(toy_questions("eval", random.Random(f"eval {args.seed}")), args.limit)) if toy
                  else load_questions(args.questions, args.limit))
     others = fit_questions(args, run, questions) if "token_router" in args.rows else []

@@ -497,8 +497,9 @@ def parse_config(raw, path):
         rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}     # older; transformers 5, which reads both
         rope = dict(rope) if isinstance(rope, dict) else {"rope_type": rope}
         rope["rope_type"] = scaling = rope.get("rope_type", rope.get("type", "default"))
+        kind = raw.get("model_type")
         for key, value, supported in (
-                ("model_type", kind := raw.get("model_type"), FAMILIES), ("rope type", scaling, list(ROPE_NEEDS)),
+                ("model_type", kind, FAMILIES), ("rope type", scaling, list(ROPE_NEEDS)),
                 ("hidden_act", raw.get("hidden_act", "silu"), ["silu"]),
                 ("use_sliding_window", raw.get("use_sliding_window") or False, [False]),
                 *(("layer_types", layer, ["full_attention"]) for layer in raw.get("layer_types") or ())):
@@ -636,6 +637,8 @@ def write_beside(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:                    # such as a full disk, which does not say of which file it speaks
+        raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
     finally:
         beside.unlink(missing_ok=True)
 

@@ -599,8 +599,8 @@ def grpo_row(bench):
         bench.notes.append(f"{work}: sampling {best[0]:.2f} s, learning {best[1]:.2f} s")
 
 
-ROWS = dict(grpo=grpo_row, smollm2=smollm2, ragged=ragged, qwen=qwen, toy=toy, bandwidth=bandwidth, scale=scale, relay=relay_row, handoff=handoff,
-            prompt=prompt, memory=memory, learning=learning, flips=flips)
+ROWS = dict(grpo=grpo_row, smollm2=smollm2, ragged=ragged, qwen=qwen, toy=toy, bandwidth=bandwidth, scale=scale,
+            relay=relay_row, handoff=handoff, prompt=prompt, memory=memory, learning=learning, flips=flips)
 
 
 def main():

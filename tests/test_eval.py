@@ -164,7 +164,8 @@ def test_where_calls_happen_is_counted_by_the_words_before_them():
     r = Rollout([1], list(text) + [49, 49], [False] * len(text) + [True] * 2, calls=[Call(len(text), 2, 2)],
                 end="length")
     got = where_calls_happen([(Question("q", "1", "price"), r)], tokenizer)
-    assert got == {"words before a call": {"it costs": 1}, "n asked, price": {2: 1}}
+    assert got == {"calls in the part of the answer from": {"90%": 1}, "words before a call": {"it costs": 1},
+                   "n asked, price": {2: 1}}
 
 
 def test_the_page_shows_what_a_model_wrote_as_text():

@@ -221,10 +221,9 @@ def test_the_table_takes_every_variant_of_the_run(monkeypatch, capsys, run, tmp_
     monkeypatch.setattr(sys, "argv", ["eval.py", "--run", str(copy), *EVAL, "--rows", "--all"])
     run_script(importlib.import_module("eval").main)
     rows = {row["method"]: row for row in json.loads((copy / "eval" / "results.json").read_text())}
-    assert rows["mine"]["rho"] == 0
-    capsys.readouterr()
-    code, text = fails(monkeypatch, capsys, "eval", "--run", copy, "--rows", "simple_reward")
-    assert code == 2 and "simple_reward" in text and "grpo.py --variant" in text
+    assert rows["mine"]["rho"] == 0 and "simple_reward is missing; make it" in capsys.readouterr().out
+    code, text = fails(monkeypatch, capsys, "eval", "--run", copy, "--rows", "nonsense")
+    assert code == 2 and "nonsense" in text and "grpo.py --variant" in text
 
 
 def test_one_bad_question_does_not_end_an_interactive_session(monkeypatch, capsys, run):
