@@ -213,8 +213,9 @@ def plot(rows, sweep, metrics, path):
 def page(rows, answers, tokenizer, picture):
     """One self-contained HTML page: the table, the picture, some roll-outs with the LLM's tokens marked."""
     parts = ["<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-             "<title>RelayLLM</title><style>body{font:16px/1.5 sans-serif;max-width:60em;margin:auto}"
-             "body{overflow-wrap:anywhere}pre{overflow-x:auto;font-size:13px}img{max-width:100%}mark{background:#9e9}</style>"
+             "<title>RelayLLM</title><style>body{font:16px/1.5 sans-serif;max-width:60em;margin:auto;padding:1em}"
+             "pre{overflow-x:auto;font-size:13px}img{max-width:100%}mark{background:#9e9}"
+             "body{overflow-wrap:anywhere}</style>"
              f"<h1>RelayLLM</h1><pre>{html.escape(as_text(rows))}</pre>"]
     if picture.exists():
         data = base64.b64encode(picture.read_bytes()).decode()
