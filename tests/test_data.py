@@ -477,8 +477,6 @@ ab | ba | a \\cdot b
 No solution | no solution
 \\sqrt{2gh} | \\sqrt{2g}\\sqrt{h}
 \\sqrt{4\\pi G r^2} | 2r\\sqrt{\\pi G}
-\\lceil n/2 \\rceil + 1 | \\lfloor (n+1)/2 \\rfloor + 1
-\\lfloor \\log_2 n \\rfloor + 1 | \\lceil \\log_2 (n+1) \\rceil
 C | \\textbf{(C)}\\ 12 | \\text{(C) } 12 | \\mathrm{(C)}\\ 12 | \\text{C. }12 | \\text{Option C}
 \\begin{pmatrix} 1 \\\\ {2} \\end{pmatrix} | \\begin{pmatrix}1\\\\{2}\\end{pmatrix} | \\begin{pmatrix}1\\\\[4pt]2\\end{pmatrix}
 18 | 18 pieces | 18 pizzas | 18 tanks | 18 sections | 18 lb | 18 sq ft | 18 am | \\Large 18 | 18 \\frac{\\text{km}}{\\text{hr}}
@@ -601,7 +599,7 @@ def test_random_formulas_never_raise():
 DIFFERENT = """1080 dollars | 90° | 1 4/5 | 3√13 | 7*pi | (C) 12 apples | \\frac{10}{2} = 5 | \\frac{(1-i) e^{2it}}{4}
  | \\frac{(2n)!}{n!^2} | 4.5 \\times 10^{33} | 4.5 \\cdot 10^{33} \\text{ erg/s} | 52_7 | 6 | 5
  | 3 million | 3\\text{ million} | \\$3 million | 3\\text{ thousand} | \\boldsymbol{18} | \\underline{18} | \\emph{18}
- | \\sqrt{2g}\\sqrt{h} | 2r\\sqrt{\\pi G} | \\lfloor (n+1)/2 \\rfloor + 1 | \\lceil \\log_2 (n+1) \\rceil
+ | \\sqrt{2g}\\sqrt{h} | 2r\\sqrt{\\pi G}
  | \\textbf{(C)}\\ 12 | \\text{(C) } 12 | \\mathrm{(C)}\\ 12 | \\text{C. }12 | \\text{Option C}
  | \\begin{pmatrix}1\\\\[4pt]2\\end{pmatrix} | 18 pieces | 18 pizzas | 18 tanks | 18 sections
  | 18 \\frac{\\text{km}}{\\text{hr}} | n \\in \\{-2, 1\\} | y' + r y = r x(t) | c^2 M_\\odot^6 | 1, 2\\text{, and }3 | (52)_8
