@@ -552,7 +552,7 @@ NUMBER = re.compile(r"(?<![\^\d])(?<!\^\{)(?:(?<![\w)}])-)?(?:\\[dtc]?frac(?:\{\
                     r"|\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d*\.?\d+)(?:\.\d+)?(?:/\d+)?%?)")
 CHOICE = re.compile(r"(?:^\(?|\(|(?i:answer|option|choice)(?: is)?:?[\s*$(]+)([A-J])(?![\w'])"
                     r"(?!\)?\s*(?:[,;/&+]|and|or)\s*\(?[A-J]\b)")  # A, but not A and B
-RELATION = r"\\[gl]e(?![a-z])|[<>=]"
+RELATION = "[<>]=?|="
 
 # What a formula is made of. Operators: how strongly they bind, and what they do. An equation l = r has the value l - r.
 def power(base, exponent):
@@ -602,38 +602,36 @@ def matrix(found):
     return f"[{rows.replace('&', ',')},row]"
 
 
-# One spelling for what may be spelled in many ways: pattern by pattern, in this order
+SYMBOLS = str.maketrans({"π": "\\pi ", "√": "\\sqrt ", "∞": "\\infty ", "∪": "\\cup ", "×": "*", "≥": ">=", "≤": "<=",
+                         "−": "-", "–": "-", "'": "^{\\prime}", "~": " ", "£": "", "€": "", "°": "", "º": ""})
 TIDY = [(regex.compile(pattern), new) for pattern, new in (
-    (r"\s+", " "),  # first: some of what follows would take cubic time in spaces
-    (r"^\s*\\boxed\s*\{(.*)\}\s*$", r"\1"), (r",\\!\s*|\{,\}", ""),  # thousands: 10,\!080
-    (r"\\(?:left|right)(?![a-z])\.?|\\(?:[bB]igg?[lr]?|displaystyle|[lL]arge|q?quad|limits)(?![a-zA-Z])|\\[,!;:]", ""),
-    (r"(?<!\\)\\ |~", " "), (r"\\(?:boldsymbol|mathbf|mathsf|bm|underline)\s*(?=\{)", ""),
+    (r"\s+", " "), (r"^ ?\\boxed ?\{(.*)\} ?$", r"\1"),  # first: some of what follows would take cubic time in spaces
+    (r",\\!\s*|\{,\}|\\(?:left|right)(?![a-z])\.?|\\(?:[bB]igg?[lr]?|displaystyle|[lL]arge|q?quad|limits)(?![a-zA-Z])"
+     r"|\\[,!;:]|\\?\$|\\(?:boldsymbol|mathbf|mathsf|bm|underline)\s*(?=\{)", ""), (r"(?<!\\)\\ ", " "),
     # words: a name's index, a list's comma, a function or a letter, but not a number's unit
     (r"\\(?:textrm|textbf|textit|emph|mbox|mathrm|operatorname)\s*(?=\{)", r"\\text"),
     (rf"_\s*(?:\{{\s*{TEXT}\s*\}}|{TEXT})", r"_{\1\2}"),
     (rf"\\text\s*\{{[\s,]*(and|or|{'|'.join(SCALES)})[\s,]*\}}", r" \1 "),
     (rf"((?<![\d}}](?:\\cdot|[ /])*)|(?!\\text\s*\{{ ?[mgsNJWKVALCFTh] ?\}}))\\text\s*\{{ ?({NAMES}|[A-Za-z]) ?\}}", r"\2"),
     (r"^.*\\text.*$", without_units), (r"\s(?:and|or)\s", ","),
-    (r"\\?\$|[£€]|\*\*$|^\*\*|\^?\s*\{\s*\\(?:circ|degree)\s*\}|\^?\s*\\(?:circ|degree)(?![a-z])|[°º]|\b(?:np|math)\.", ""),
+    (r"\^?\s*\{\s*\\(?:circ|degree)\s*\}|\^?\s*\\(?:circ|degree)(?![a-z])|\\frac\s*\{\s*\}\s*\{\s*\}", ""),
     (r"[(\[]?\s*\\begin\{(?:array\}\{[^{}]*|[a-z]?matrix)\}(.*?)\\end\{(?:array|[a-z]?matrix)\}\s*[)\]]?", matrix),
-    (r"^\s*(?:[a-zA-Z]\w*)?\s*\\approx|\s*\\approx.*$", ""), (r" +", " "), (r"\\%", "%"), (r"[−–]", "-"),
-    (r"π", r"\\pi "), (r"√", r"\\sqrt "), (r"∞", r"\\infty "), (r"\\(?:cdot|times)(?![a-z])|×", "*"),
-    (r"\*\*", "^"), (r"\\div(?![a-z])|:", "/"),
-    (r"\\geq(?:slant)?(?![a-z])|≥|>=", r"\\ge "), (r"\\leq(?:slant)?(?![a-z])|≤|<=", r"\\le "),
+    (r"^\s*(?:[a-zA-Z]\w*)?\s*\\approx|\s*\\approx.*$", ""), (r" +", " "), (r"\\%", "%"), (r"\*\*", "^"),
+    (r"\\(?:cdot|times)(?![a-z])", "*"), (r"\\div(?![a-z])|:", "/"),
+    (r"\\g(?:e|eq|eqslant)(?![a-z])", ">="), (r"\\l(?:e|eq|eqslant)(?![a-z])", "<="),
     (r"\\[dtc](frac|binom)", r"\\\1"), (r"\\frac\s*(\d)\s*(?=[\d{])", r"\\frac{\1}"),
     (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
     (r"(?<![\w.}])(\d+)\s*(\\frac\s*\{\d+\}\s*\{\d+\})|(?<![\w.}])(\d+)\s+(\d+/\d+)", r"(\1\3+\2\4)"),  # mixed numbers
-    (rf"(?<=\d)\s*({'|'.join(SCALES)})\b", lambda scale: SCALES[scale[1]]),
-    (rf"(?<=[\d}}])\s*(?:{UNITS}).*$", ""),
+    (rf"(?<=\d)\s*({'|'.join(SCALES)})\b", lambda scale: SCALES[scale[1]]), (rf"(?<=[\d}}])\s*(?:{UNITS}).*$", ""),
     (r"(?<![\d.,(\[])(?<!\\\{)(\d{1,3}(?:,\d{3})+)(?![\d,])", lambda number: number[1].replace(",", "")),
-    (r"\((\d+)\)(?=_)", r"\1"), (r"(?<=\d)_\{(\d+)\}", r"_\1"),  # 52_8
-    (r"_\{(\w|\\[a-zA-Z]+)\}", r"_\1"), (r"\{(\w+)\}(?=_)", r" \1"), (r"'", r"^{\\prime}"),
-    (r"\\frac\s*\{\s*\}\s*\{\s*\}", ""), (r"\\[lr]?vert(?![a-z])", "|"), (r"(?<![a-zA-Z\\])([a-zA-Z])\(0\)", r"\1_0"),
+    (r"\((\d+)\)(?=_)", r"\1"), (r"(?<=\d)_\{(\d+)\}", r"_\1"), (r"_\{(\w|\\[a-zA-Z]+)\}", r"_\1"),  # (52)_{8}; x_{1}
+    (r"\{(\w+)\}(?=_)", r" \1"), (r"(?<![a-zA-Z\\])([a-zA-Z])\(0\)", r"\1_0"),  # \dot{x}_0; f(0)
     (r"^\s*(?:[a-zA-Z]|\([^()]*\))\s*\\in(?![a-z])\s*|[\s./*]+$|^\s+", ""))]
 
 
 def tidy(text):
-    """One spelling for what may be spelled in many ways: LaTeX's spacing, units, degrees, thousands, mixed numbers."""
+    """One spelling for what may be spelled in many ways: symbol by symbol, then pattern by pattern, in TIDY's order."""
+    text = text.translate(SYMBOLS)
     for pattern, new in TIDY if len(text) <= 1000 else ():
         text = pattern.sub(new, text)
     return text
