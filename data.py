@@ -25,6 +25,7 @@ import math
 import operator
 import random
 import re
+import reprlib
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
@@ -117,10 +118,11 @@ def with_asides(ids, tokenizer, rng, share):
 # Tokenizer (skip it on a first reading)
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# GPT-2 writes each byte as one printable letter, so that a vocabulary is readable JSON: space is Ġ, newline Ċ.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 HIDDEN = [byte for byte in range(256) if byte not in PRINTABLE]
-# GPT-2 writes each byte as one printable character, so that a vocabulary is readable JSON: space is Ġ, newline Ċ.
 BYTE_OF = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(HIDDEN)}
+LETTERS = sorted(BYTE_OF, key=BYTE_OF.get)
 
 
 def read_json(path, default=None):
@@ -160,7 +162,6 @@ class Tokenizer:
         self._splits = self._read_splits(spec.get("pre_tokenizer"))
         self._read_vocabulary(spec.get("model"), spec.get("added_tokens") or [])
         self._read_chat(path, settings)
-        self._read_ends(path)
 
     def _need(self, fine, fault):
         if not fine:
@@ -168,105 +169,101 @@ class Tokenizer:
 
     def _read_splits(self, spec):
         """The pre-tokenizer as a list of patterns, applied in turn: each cuts out its matches and what lies between."""
-        spec = spec if isinstance(spec, dict) else {}
-        parts = spec.get("pretokenizers") if spec.get("type") == "Sequence" else [spec]
-        whole = isinstance(parts, list) and parts and all(isinstance(part, dict) for part in parts)
-        self._need(whole and parts[-1].get("type") == "ByteLevel",
-                   "a pre-tokenizer that does not end in ByteLevel is not supported")
-        splits = []
+        parts, splits = [spec], []
+        if isinstance(spec, dict) and spec.get("type") == "Sequence" and isinstance(spec.get("pretokenizers"), list):
+            parts = spec["pretokenizers"]
         for part in parts:
-            kind, pattern = part.get("type"), None
-            if kind == "Digits":
-                pattern = r"\p{N}" if part.get("individual_digits") else r"\p{N}+"
-            elif kind == "Split" and isinstance(part.get("pattern"), dict):
-                pattern, how = part["pattern"].get("Regex"), part.get("behavior")
-                self._need(how == "Isolated", f"Split with {how!r} is not supported")
-            elif kind == "ByteLevel" and part is parts[-1]:
-                pattern = GPT2_SPLIT if part.get("use_regex", True) else "(?s:.+)"
-                self._need(not part.get("add_prefix_space", True), "add_prefix_space is not supported")
-            self._need(isinstance(pattern, str), f"pre-tokenizer {kind!r} is not supported, or lacks its pattern")
+            match part:
+                case {"type": "Digits"}:
+                    pattern = r"\p{N}" if part.get("individual_digits") else r"\p{N}+"
+                case {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": str(pattern)}}:
+                    pass
+                case {"type": "ByteLevel", "add_prefix_space": False} if part is parts[-1]:
+                    pattern = GPT2_SPLIT if part.get("use_regex", True) else "(?s:.+)"
+                case _:
+                    self._need(False, f"pre-tokenizer {reprlib.repr(part)} is not supported: only Split (Isolated), Digits "
+                                      "and, at the end, ByteLevel without add_prefix_space are")
             try:
                 splits.append(regex.compile(pattern))
             except (regex.error, RecursionError) as error:
                 self._need(False, f"pre-tokenizer pattern {pattern[:40]!r} cannot be read ({error})")
+        self._need(parts and parts[-1]["type"] == "ByteLevel", "a pre-tokenizer without ByteLevel is not supported")
         return splits
 
     def _read_vocabulary(self, model, added):
         """Ids, bytes and merges, checked, and made into tiktoken's ranks."""
-        kind = model.get("type", "BPE") if isinstance(model, dict) else None
-        self._need(kind == "BPE", f"model type {kind!r} is not supported (only BPE is)")
+        model = model if isinstance(model, dict) else {"type": None}
+        vocab, merges, kind = model.get("vocab"), model.get("merges"), model.get("type", "BPE")
+        self._need(kind == "BPE" and isinstance(vocab, dict) and isinstance(merges, list),
+                   f"model type {kind!r} is not BPE, or its vocab or merges are missing or of the wrong type")
         for key in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout"):
             self._need(not model.get(key), f"model.{key} is not supported")
-        vocab, merges = model.get("vocab"), model.get("merges")
-        self._need(isinstance(vocab, dict) and isinstance(merges, list) and isinstance(added, list),
-                   "vocab, merges or added_tokens is missing or of the wrong type")
-        self._need(all(isinstance(token, dict) and isinstance(token.get("content"), str) and token["content"]
-                       for token in added), "an added token has no content")
+        self._need(isinstance(added, list) and all(isinstance(token, dict) and isinstance(token.get("content"), str)
+                                                   and token["content"] for token in added),
+                   "an added token has no content")
         self._added = {token["content"]: token.get("id") for token in added}  # text -> id
-        ids = {token: i for token, i in vocab.items() if token not in self._added} | self._added
-        self._need(all(type(i) is int and 0 <= i < 2**22 for i in ids.values()), "a token's id is no number below 2^22")
-        self._need(len(set(ids.values())) == len(ids), "two tokens share one id")
-        self.token_bytes = [b""] * (max(ids.values(), default=-1) + 1)
+        plain = {token: i for token, i in vocab.items() if token not in self._added}
+        ids = list((plain | self._added).values())
+        self._need(all(type(i) is int and 0 <= i < 2**22 for i in ids), "a token's id is no number below 2^22")
+        self.token_bytes = [b""] * (max(ids, default=-1) + 1)
         self.known = [False] * len(self.token_bytes)
-        spelled = {}  # a token as the vocabulary writes it -> its bytes
-        for token, i in ids.items():
+        for token, i in [*plain.items(), *self._added.items()]:
+            self._need(not self.known[i], f"two tokens share the id {i}")
             try:
-                data = token.encode() if token in self._added else bytes([BYTE_OF[c] for c in token])
+                self.token_bytes[i] = token.encode() if token in self._added else bytes(BYTE_OF[c] for c in token)
             except (KeyError, UnicodeEncodeError):
                 self._need(False, f"token {i} ({token[:20]!r}) is not made of bytes: not a byte-level BPE")
-            self.token_bytes[i], self.known[i] = data, True
-            if token not in self._added:
-                spelled[token] = data
-        self._read_merges(merges, spelled)
-        id_of = {data: vocab[token] for token, data in spelled.items()}
-        self._id_of_rank = [id_of.get(data) for data in self._ranks]
+            self.known[i] = True
+        tokens = LETTERS + self._read_merges(merges, plain)
+        self._ranks = {bytes(BYTE_OF[c] for c in token): rank for rank, token in enumerate(tokens)}
+        self._bpe = tiktoken.Encoding("bpe", pat_str="", mergeable_ranks=self._ranks, special_tokens={})
+        self._id_of_rank = [plain.get(token) for token in tokens]
         self._lacks = bytes(b for b in range(256) if self._id_of_rank[b] is None)  # SmolLM2 has no 0x1d
         self._need(not self._lacks or model.get("unk_token") is None, "unk_token with missing bytes is not supported")
-        self._whole = id_of if model.get("ignore_merges") else {}  # Llama 3: a piece that is a token needs no merges
+        # Llama 3: a piece that is a token needs no merges
+        self._whole = {self.token_bytes[i]: i for i in plain.values()} if model.get("ignore_merges") else {}
 
-    def _read_merges(self, merges, spelled):
-        """tiktoken merges any two neighbours that together are a token, Hugging Face only the pairs of its list.
+    def _read_merges(self, merges, plain):
+        """The tokens that a list of merges can make, in tiktoken's order.
 
-        Both take the lowest rank first, the leftmost among equals. As long as no merge has crossed the borders of a
-        stretch of bytes, the merges inside are those of the stretch alone; so a token always arises from one and the
-        same last pair. Hence the two agree once tiktoken is given just the tokens that the list can complete, each
-        ranked by the place of its last pair in the list.
+        tiktoken merges any two neighbours that together are a token, Hugging Face only the pairs of its list. Both take
+        the lowest rank first, the leftmost among equals. As long as no merge has crossed the borders of a stretch of
+        bytes, the merges inside are those of the stretch alone; so a token always arises from one and the same last
+        pair. Hence the two agree once tiktoken is given just the tokens whose last pair is in the list, in its order.
         """
-        pairs = {}  # (left bytes, right bytes) -> place in the list
-        for place, merge in enumerate(merges):
-            merge = merge.split(" ") if isinstance(merge, str) else merge
-            self._need(isinstance(merge, list) and len(merge) == 2 and all(isinstance(part, str) for part in merge)
-                       and merge[0] in spelled and merge[1] in spelled and merge[0] + merge[1] in spelled,
-                       f"merge {place} is not a pair of tokens that make a token")
-            pairs[spelled[merge[0]], spelled[merge[1]]] = place
-        places = {left + right: pairs.get(last_pair(left + right, pairs)) for left, right in pairs}
-        tokens = sorted((token for token in places if places[token] is not None), key=places.get)
-        self._ranks = {token: rank for rank, token in enumerate([bytes([b]) for b in range(256)] + tokens)}
-        self._bpe = tiktoken.Encoding("bpe", pat_str="", mergeable_ranks=self._ranks, special_tokens={})
+        pairs = {}  # (left, right) -> place in the list
+        for place, pair in enumerate(merges):
+            match pair.split(" ") if isinstance(pair, str) else pair:
+                case [str(left), str(right)] if {left, right, left + right} <= plain.keys():
+                    pairs[left, right] = place
+                case _:
+                    self._need(False, f"merge {place} is not a pair of tokens that make a token")
+        return [left + right for left, right in sorted(pairs, key=pairs.get)
+                if last_pair(left + right, pairs) == (left, right)]
 
     def _read_chat(self, path, settings):
-        """self._chat: (text before the user's, text after it, strip the user's); self._no_chat: why there is none."""
+        """self._chat: (text before the user's, text after it, strip the user's), or why there is none.
+
+        end_ids, end_id: the format's end of turn first, then what generation_config.json and config.json name.
+        """
         file, template = path / "chat_template.jinja", settings.get("chat_template")
         if file.exists():
             template = file.read_text(encoding="utf-8", errors="replace")
-        self._chat, self._end_of_turn = chat_format(str(template or ""))
-        self._no_chat = None
+        self._chat, end_of_turn = chat_format(str(template or ""))
         if template is None:
-            self._no_chat = f"{path}: no chat template (chat_template.jinja or tokenizer_config.json)"
+            self._chat = f"{path}: no chat template (chat_template.jinja or tokenizer_config.json)"
         elif self._chat is None:
-            self._no_chat = f"{path}: its chat template is not one of Qwen2, Qwen3, SmolLM2, Llama 3 or plain ChatML"
-        elif self._end_of_turn not in self._added:
-            self._no_chat = f"{self._file}: lacks {self._end_of_turn}, which the chat template needs"
+            self._chat = f"{path}: its chat template is not one of Qwen2, Qwen3, SmolLM2, Llama 3 or plain ChatML"
+        elif end_of_turn not in self._added:
+            self._chat = f"{self._file}: lacks {end_of_turn}, which the chat template needs"
 
-    def _read_ends(self, path):
-        ends = [self._added[self._end_of_turn]] if self._end_of_turn in self._added else []
+        ends = [self._added[end_of_turn]] if end_of_turn in self._added else []
         for file in (path / "generation_config.json", path / "config.json"):
             named = read_json(file, {}).get("eos_token_id")
-            named = named if isinstance(named, list) else [] if named is None else [named]
-            for i in named:
+            for i in named if isinstance(named, list) else [] if named is None else [named]:
                 if type(i) is not int or not 0 <= i < len(self.known) or not self.known[i]:
                     raise ValueError(f"{file}: eos_token_id {str(i)[:20]} is not a token of {self._file.name}")
-            ends += named
+                ends.append(i)
         if not ends:
             raise ValueError(f"{path / 'config.json'}: names no end-of-text token (eos_token_id)")
         self.end_id, self.end_ids = ends[0], set(ends)
@@ -305,8 +302,8 @@ class Tokenizer:
 
     def chat(self, text):
         """Ids of one user turn in the checkpoint's chat format, up to where the assistant's first token belongs."""
-        if self._no_chat:
-            raise ValueError(self._no_chat)
+        if isinstance(self._chat, str):
+            raise ValueError(self._chat)
         before, after, strip = self._chat
         start, bracket, opening = before.rpartition("|>")  # what follows the last special token joins the user's text
         said = self.encode(opening + (text.strip() if strip else text))
@@ -332,12 +329,11 @@ class Tokenizer:
 
 
 def last_pair(token, pairs):
-    """The two parts that complete a token, by merging its bytes from the start; None if the merges cannot make it."""
-    parts = [token[i:i + 1] for i in range(len(token))]
+    """The two parts that complete a token, by merging its letters from the start; None if the merges cannot make it."""
+    parts = list(token)
     while len(parts) > 2:
-        places = [pairs.get(pair, math.inf) for pair in zip(parts, parts[1:])]
-        i = places.index(min(places))
-        if places[i] == math.inf:
+        place, i = min((pairs.get(pair, math.inf), i) for i, pair in enumerate(zip(parts, parts[1:])))
+        if place == math.inf:
             return None
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
     return tuple(parts)
@@ -387,29 +383,24 @@ def chat_format(template):
 def train_bpe(texts):
     """Byte-level BPE (Sennrich et al., arXiv 1508.07909): join the most frequent pair until every word is one token.
 
-    Returns the merges, in order, as pairs of byte strings. A word is a match of GPT-2's pattern.
+    Returns the merges, in order, as pairs of tokens, written as in a vocabulary. A word is a match of GPT-2's pattern.
     """
-    words = {tuple(bytes([b]) for b in word.encode()): n
-             for word, n in Counter(w for text in texts for w in regex.findall(GPT2_SPLIT, text)).items()}
+    counts = Counter(word for text in texts for word in regex.findall(GPT2_SPLIT, text))
+    words = {" ".join(LETTERS[byte] for byte in word.encode()): n for word, n in counts.items()}  # its tokens, spaced
     merges = []
     while True:
         pairs = Counter()
         for word, n in words.items():
-            for pair in zip(word, word[1:]):
+            tokens = word.split(" ")
+            for pair in zip(tokens, tokens[1:]):
                 pairs[pair] += n
         if not pairs:
             return merges
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        # ties go to the pair whose bytes come last
+        best = max(pairs, key=lambda pair: (pairs[pair], [[BYTE_OF[letter] for letter in token] for token in pair]))
         merges.append(best)
-        merged = {}
-        for word, n in words.items():
-            out, i = [], 0
-            while i < len(word):
-                step = 2 if word[i:i + 2] == best else 1
-                out.append(b"".join(word[i:i + step]))
-                i += step
-            merged[tuple(out)] = n
-        words = merged
+        spaced = re.compile(rf"(?<!\S){re.escape(' '.join(best))}(?!\S)")
+        words = {spaced.sub(lambda pair: pair[0].replace(" ", ""), word): n for word, n in words.items()}
 
 
 CHATML = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -423,17 +414,14 @@ def save_toy_tokenizer(path):
     merges = train_bpe([q.text for q in sample] + [q.solution for q in sample] + ["user", "assistant"] * 9
                        + [f" {n}" for n in range(120)]
                        + [f"<{tag}>{n}</{tag}>" for tag in ("call", *"biqsu") for n in range(100)])
-    letter = {byte: char for char, byte in BYTE_OF.items()}
-    write = lambda piece: "".join(letter[b] for b in piece)
-    tokens = [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
+    tokens = LETTERS + [a + b for a, b in merges]
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     added = [dict(id=len(tokens) + i, content=text, special=True, single_word=False, lstrip=False, rstrip=False,
                   normalized=False) for i, text in enumerate(special)]
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=True)
     files = {
         "tokenizer.json": dict(version="1.0", added_tokens=added, pre_tokenizer=byte_level, decoder=byte_level,
-                               model=dict(type="BPE", vocab={write(t): i for i, t in enumerate(tokens)},
-                                          merges=[[write(a), write(b)] for a, b in merges])),
+                               model=dict(type="BPE", vocab={token: i for i, token in enumerate(tokens)}, merges=merges)),
         "tokenizer_config.json": dict(tokenizer_class="PreTrainedTokenizerFast", eos_token="<|im_end|>",
                                       pad_token="<|endoftext|>", chat_template=CHATML),
         "generation_config.json": dict(eos_token_id=len(tokens) + 2, pad_token_id=len(tokens)),
