@@ -332,8 +332,9 @@ def last_pair(token, pairs):
     """The two parts that complete a token, by merging its letters from the start; None if the merges cannot make it."""
     parts = list(token)
     while len(parts) > 2:
-        place, i = min((pairs.get(pair, math.inf), i) for i, pair in enumerate(zip(parts, parts[1:])))
-        if place == math.inf:
+        places = [pairs.get(pair, math.inf) for pair in zip(parts, parts[1:])]
+        i = places.index(min(places))
+        if places[i] == math.inf:
             return None
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
     return tuple(parts)
@@ -366,10 +367,9 @@ def chat_format(template):
     if begin not in flat or "<|im_end|>" not in flat or any(sign in flat for sign in strange):
         return None, None
     before, after = "", "<|im_end|>\n" + begin
-    for system in re.finditer(r"(['\"]?)<\|im_start\|>system(?:\\n|\n)(.*?)<\|im_end\|>", template, re.S):
-        text = system[2]
+    for quote, text in re.findall(r"(['\"]?)<\|im_start\|>system(?:\\n|\n)(.*?)<\|im_end\|>", template, re.S):
         if not before and not re.search(r"\{\{|\{%|['\"]\s*[+~]|[+~]\s*['\"]", text):  # a constant: the default
-            if system[1]:  # inside a quoted string
+            if quote:
                 text = re.sub(r"\\(.)", lambda escape: "\n" if escape[1] == "n" else escape[1], text)
             before = f"<|im_start|>system\n{text}<|im_end|>\n"
     if "enable_thinking" in template:
@@ -442,21 +442,17 @@ def load_questions(path, limit=None):
     """
     if Path(path).suffix == ".parquet":
         raise ValueError(f"{path}: parquet is not read; write it out as .jsonl first (pandas: to_json, lines=True)")
+    questions, where, listed = [], f"{path}: cannot be read", False
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
-    questions, where = [], path
-    try:
         listed = text.lstrip().startswith("[")
-        rows = json.loads(text) if listed else text.split("\n")
-        for number, row in enumerate(rows, 1):
+        for number, row in enumerate(json.loads(text) if listed else text.split("\n"), 1):
             where = f"{path}: {'entry' if listed else 'line'} {number}"
             if limit is not None and len(questions) >= limit:
                 break
             if listed or row.strip():
                 questions.append(read_question(row if listed else json.loads(row)))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         where = f"{path}: line {error.lineno}" if listed and isinstance(error, json.JSONDecodeError) else where
         raise ValueError(f"{where}: {error}") from None
     if not questions:
@@ -474,6 +470,8 @@ def read_question(row):
     if not isinstance(row, dict):
         raise ValueError(f"a {type(row).__name__} where an object belongs")
     row = {key.lower(): value for key, value in row.items()}  # AIME 2024 writes Problem and Answer
+    if isinstance(row.get("reward_model"), dict):  # DAPO-Math-17k
+        row = row["reward_model"] | row
     problem = first(row, "problem", "question", "prompt")
     if isinstance(problem, list):  # chat messages
         said = [m.get("content") for m in problem if isinstance(m, dict) and m.get("role") == "user"]
@@ -487,8 +485,6 @@ def read_question(row):
         problem = row["context"] + "\n" + problem
 
     answer = first(row, "answer_letter", "answer", "final_answer", "expected_answer", "ground_truth")
-    if answer is None and isinstance(row.get("reward_model"), dict):
-        answer = row["reward_model"].get("ground_truth")
     if answer is None and isinstance(row.get("solution"), str):
         answer = last_boxed(row["solution"])  # Minerva
     if isinstance(answer, list):  # OlympiadBench: one string that lists several, or several strings
@@ -542,7 +538,7 @@ CHOICE = re.compile(r"(?:^\(?|\(|(?i:answer|option|choice)(?: is)?:?[\s*$(]+)([A
                     r"(?!\)?\s*(?:[,;/&+]|and|or)\s*\(?[A-J]\b)")  # A, but not A and B
 RELATION = "[<>]=?|="
 
-# What a formula is made of. Operators: how strongly they bind, and what they do. An equation l = r has the value l - r.
+
 def power(base, exponent):
     """Exact for whole exponents, as long as the result has at most 4,096 bits; else a complex number."""
     exact = isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1
@@ -557,6 +553,7 @@ def factorial(x):
     return Fraction(math.factorial(int(x))) if x in range(301) else math.gamma(x + 1)
 
 
+# What a formula is made of. Operators: how strongly they bind, and what they do. An equation l = r has the value l - r.
 OPERATORS = {"=": (1, operator.sub), "+": (2, operator.add), "-": (2, operator.sub), "*": (3, operator.mul),
              "/": (3, operator.truediv), "^": (4, power)}
 POSTFIX = {"!": factorial, "%": lambda x: x / 100}
@@ -652,9 +649,8 @@ def same(given, gold, depth=0):
     if not gold or not given or max(len(given), len(gold)) > 1000 or depth > 4:
         return given == gold != ""
     a, b = (re.sub(r"(?<!\d) | (?!\d)", "", side) for side in (given, gold))  # 1 2 is not 12
-    if a == b or a.isalpha() and len(a) > 1 and a.lower() == b.lower():
-        return True
-    if re.fullmatch(r"(\d\w*)_\d+ \1|(\d\w*) \2_\d+", f"{a} {b}"):  # 52_8 may be given as 52
+    based = re.fullmatch(r"(\d\w*)_\d+ \1|(\d\w*) \2_\d+", f"{a} {b}")  # 52_8 may be given as 52
+    if a == b or based or a.isalpha() and len(a) > 1 and a.lower() == b.lower():
         return True
     (kind, a), (gold_kind, b) = items(given), items(gold)
     if kind != gold_kind and "=" in (kind, gold_kind):  # x = 5 is 5, but where x + y = 5 is asked for, 5 is not
@@ -689,7 +685,7 @@ def same_value(given, gold):
     factor = None if "=" in given and "=" in gold else 1
     try:
         for point in range(3):
-            a, b = (Formula(side, point).group({""}) for side in (given, gold))
+            a, b = (Formula(side, point).group({"\n"}) for side in (given, gold))
             factor = a / b if factor is None else factor
             gap, size = abs(a - factor * b), abs(factor * b)
             exact = isinstance(gap, Fraction) and "." not in given + gold
@@ -708,39 +704,36 @@ class Formula:
     """
 
     def __init__(self, text, point):
-        self.tokens, self.at, self.point = [*TOKEN.findall(text), ""], 0, point
+        self.tokens, self.at, self.point = [*TOKEN.findall(text), "\n"], 0, point
 
     def take(self, wanted):
         """The next token, if it is one of these; "" if not."""
         token = self.tokens[self.at]
-        if not token or token not in wanted:
-            return ""
-        self.at += 1
-        return token
+        self.at += token in wanted
+        return token if token in wanted else ""
 
     def group(self, closing):
         """A formula and what closes it."""
         value = self.value()
-        if self.tokens[self.at] not in closing:
+        if not self.take(closing):
             raise ValueError("a bracket stays open")
-        self.at += 1
         return value
 
     def value(self, least=0):
         """A formula as far as its operators bind more strongly than `least`: -x^2 is -(x^2), 2^3^2 is 2^9."""
-        sign = self.take("+-")
+        sign = self.take({"+", "-"})
         value = self.atom() if not sign else self.value(3) if sign == "+" else -self.value(3)
-        while token := self.tokens[self.at]:
+        while True:
+            token = self.tokens[self.at]
             strength, operate = OPERATORS.get(token, (3 if FACTOR.match(token) else 0, operator.mul))
             if token in POSTFIX:
                 value = POSTFIX[self.take(token)](value)
             elif strength <= least:
-                break
+                return value
             elif not self.take(OPERATORS) and self.tokens[self.at - 1].isdecimal() and token.isdecimal():
                 raise ValueError("two numbers in a row")
             else:
                 value = operate(value, self.value(strength - (token == "^")))
-        return value
 
     def atom(self):
         """A number, a bracket, a function of something, or a variable."""
