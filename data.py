@@ -181,8 +181,8 @@ class Tokenizer:
                 case {"type": "ByteLevel", "add_prefix_space": False} if part is parts[-1]:
                     pattern = GPT2_SPLIT if part.get("use_regex", True) else "(?s:.+)"
                 case _:
-                    self._need(False, f"pre-tokenizer {reprlib.repr(part)} is not supported: only Split (Isolated), Digits "
-                                      "and, at the end, ByteLevel without add_prefix_space are")
+                    self._need(False, f"pre-tokenizer {reprlib.repr(part)} is not supported (Digits, an Isolated Split "
+                                      "and, at the end, ByteLevel without add_prefix_space are)")
             try:
                 splits.append(regex.compile(pattern))
             except (regex.error, RecursionError) as error:
@@ -421,7 +421,7 @@ def save_toy_tokenizer(path):
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=True)
     files = {
         "tokenizer.json": dict(version="1.0", added_tokens=added, pre_tokenizer=byte_level, decoder=byte_level,
-                               model=dict(type="BPE", vocab={token: i for i, token in enumerate(tokens)}, merges=merges)),
+                               model=dict(type="BPE", vocab={t: i for i, t in enumerate(tokens)}, merges=merges)),
         "tokenizer_config.json": dict(tokenizer_class="PreTrainedTokenizerFast", eos_token="<|im_end|>",
                                       pad_token="<|endoftext|>", chat_template=CHATML),
         "generation_config.json": dict(eos_token_id=len(tokens) + 2, pad_token_id=len(tokens)),
@@ -508,7 +508,8 @@ def read_question(row):
 def grade(response, answer):
     """Whether the response's answer, its last \\boxed{} or else its last number, is the gold answer. Never raises.
 
-    Compared by value as far as both can be evaluated, else letter by letter. Linear time in the response's length.
+    Compared by value as far as both can be evaluated, else letter by letter. Linear time in the response's length: an
+    answer of more than 1,000 characters is right only if it is the gold answer, letter by letter.
     """
     gold, given = tidy(answer), last_boxed(response)
     if choice := re.fullmatch(r"\(?([A-J])\)?", gold):  # multiple choice: "C", "(C)" and "(C) 12 apples" all say C
@@ -597,7 +598,8 @@ TIDY = [(regex.compile(pattern), new) for pattern, new in (
     (r"\\(?:textrm|textbf|textit|emph|mbox|mathrm|operatorname)\s*(?=\{)", r"\\text"),
     (rf"_\s*(?:\{{\s*{TEXT}\s*\}}|{TEXT})", r"_{\1\2}"),
     (rf"\\text\s*\{{[\s,]*(and|or|{'|'.join(SCALES)})[\s,]*\}}", r" \1 "),
-    (rf"((?<![\d}}](?:\\cdot|[ /])*)|(?!\\text\s*\{{ ?[mgsNJWKVALCFTh] ?\}}))\\text\s*\{{ ?({NAMES}|[A-Za-z]) ?\}}", r"\2"),
+    (rf"(?:(?<![\d}}](?:\\cdot|[ /])*)|(?!\\text *\{{ ?[mgsNJWKVALCFTh] ?\}}))"
+     rf"\\text *\{{ ?({NAMES}|[A-Za-z]) ?\}}", r"\1"),
     (r"^.*\\text.*$", without_units), (r"\s(?:and|or)\s", ","),
     (r"\^?\s*\{\s*\\(?:circ|degree)\s*\}|\^?\s*\\(?:circ|degree)(?![a-z])|\\frac\s*\{\s*\}\s*\{\s*\}", ""),
     (r"[(\[]?\s*\\begin\{(?:array\}\{[^{}]*|[a-z]?matrix)\}(.*?)\\end\{(?:array|[a-z]?matrix)\}\s*[)\]]?", matrix),
@@ -636,7 +638,7 @@ def items(text):
     """
     text = text[2:-2] if text.startswith("\\{") and text.endswith("\\}") else text
     parts = [part.replace("\\pm", sign) for part in split_outside(text, r"\\cup(?![a-z])|[,;]") if part
-             for sign in ("+-" if "\\pm" in part and "\\{" not in part else "+")] or [text]
+             for sign in ("+-" if "\\pm" in part and "\\{" not in part else ["\\pm"])] or [text]
     if len(parts) == 1 and len(sides := split_outside(parts[0], RELATION)) > 1:
         return "".join(sorted({*re.findall(RELATION, parts[0])})), sides
     if len(parts) == 1 and re.fullmatch(r"[(\[].*[)\]]", text) and len(inner := split_outside(text[1:-1], ",")) > 1:
@@ -699,8 +701,9 @@ def same_value(given, gold):
 class Formula:
     """The value of a formula in LaTeX or plain notation, by precedence climbing.
 
-    Exact (a Fraction) up to powers of 4,096 bits, else complex. What has no value raises ValueError, ArithmeticError
-    or RecursionError. A letter or an unknown command is a variable: a positive number, another one at each point.
+    Exact (a Fraction) up to powers of 4,096 bits, else complex. A letter or an unknown command is a variable: a
+    positive number, another one at each point. What has no value raises ValueError, ArithmeticError or RecursionError;
+    floors and ceilings have none, so that they are right only as the gold answer spells them.
     """
 
     def __init__(self, text, point):
