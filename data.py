@@ -593,7 +593,7 @@ SYMBOLS = str.maketrans({"π": "\\pi ", "√": "\\sqrt ", "∞": "\\infty ", "�
 TIDY = [(regex.compile(pattern), new) for pattern, new in (
     (r"\s+", " "), (r"^ ?\\boxed ?\{(.*)\} ?$", r"\1"),  # first: some of what follows would take cubic time in spaces
     (r",\\!\s*|\{,\}|\\(?:left|right)(?![a-z])\.?|\\(?:[bB]igg?[lr]?|displaystyle|[lL]arge|q?quad|limits)(?![a-zA-Z])"
-     r"|\\[,!;:]|\\?\$|\\(?:boldsymbol|mathbf|mathsf|bm|underline)\s*(?=\{)", ""), (r"(?<!\\)\\ ", " "),
+     r"|\\[,!;:]|\\?\$|\b(?:np|math)\.|\\(?:boldsymbol|mathbf|mathsf|bm|underline)\s*(?=\{)", ""), (r"(?<!\\)\\ ", " "),
     # words: a name's index, a list's comma, a function or a letter, but not a number's unit
     (r"\\(?:textrm|textbf|textit|emph|mbox|mathrm|operatorname)\s*(?=\{)", r"\\text"),
     (rf"_\s*(?:\{{\s*{TEXT}\s*\}}|{TEXT})", r"_{\1\2}"),
@@ -660,9 +660,8 @@ def same(given, gold, depth=0):
             return same(a[-1], gold, depth + 1)
         return not re.search("[+-]", b[0]) and same(given, b[-1], depth + 1)
     if kind == gold_kind == "=":
-        named = not re.search("[+-]", a[0] + b[0])  # x = 5 may be given as y = 5
-        return (a == b[::-1] or same_value(given, gold) or named and same_value(a[-1], b[-1])
-                or all(same(*pair, depth + 1) for pair in zip(a, b)))
+        named = not re.search("[+-]", a[0] + b[0]) and not b[-1][1:].isalpha()  # x = 5 may be given as y = 5
+        return a == b[::-1] or same_value(given, gold) or named and same(a[-1], b[-1], depth + 1)
     if len(a) != len(b) or len(a) > 64:
         return False
     if len(a) == 1:

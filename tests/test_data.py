@@ -447,7 +447,8 @@ RIGHT = """
 \\sqrt[3]{4} | 4^{1/3}
 7\\pi | 7 \\pi | 7π | 7*pi | \\pi \\cdot 7
 1 \\pm \\sqrt{19} | 1+\\sqrt{19}, 1-\\sqrt{19} | x = 1 \\pm \\sqrt{19} | x = \\{1 \\pm \\sqrt{19}\\}
-(3,4] | x = (3,4]
+f(x) = (3,4] | x = (3,4] | (3,4]
+np.arcsin(10/13) | \\arcsin(10/13)
 \\text{Evelyn} | Evelyn | \\textbf{evelyn} | \\text{ Evelyn }
 \\text{(C)} | C | (C) | \\text{C} | (C) 12 apples
 52_8 | 52_{8} | 52
