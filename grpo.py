@@ -30,9 +30,9 @@ from tqdm import tqdm
 from model import fingerprint, load, read_json, save, write_beside, write_json
 from relay import (Run, WrongArguments, at_least_zero, differing, figures, fill_in, graded, is_right, load_pair,
                    machine, means, parser, positive, relay, run_script, show_presets)
-from warmup import (Example, adamw, add_up, apply_gradient, check_gpus, hear_signals, join_processes,
-                    machine_arguments, micro_batches, progress_bar, settings, start_processes, token_logprobs,
-                    short, training_questions, wait_for_all, world, write_answers)
+from warmup import (Example, adamw, add_up, apply_gradient, hear_signals, join_processes, machine_arguments, meet,
+                    micro_batches, progress_bar, settings, short, start_processes, token_logprobs, training_questions,
+                    world, write_answers)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reward, advantage, loss: pure functions
@@ -97,7 +97,7 @@ def examples_of(rollouts, llm_tokens=False):
     llm_tokens=True is for comparison: the public code lets the loss run over the LLM's tokens too.
     """
     return [Example(r.prompt + r.tokens, [False] * len(r.prompt) + [llm_tokens or not b for b in r.by_llm],
-                    shared=len(r.prompt)) for r in rollouts]
+                    tuple(r.prompt)) for r in rollouts]
 
 
 def update(policy, reference, optimizer, rollouts, advantage, known, lr, args):
@@ -108,10 +108,10 @@ def update(policy, reference, optimizer, rollouts, advantage, known, lr, args):
     """
     examples = examples_of(rollouts, args.llm_tokens_in_loss)
     counts = [sum(e.learn) for e in examples]
-    tokens, responses = add_up([sum(counts), sum(n > 0 for n in counts)], known.device)
-    sums = dict(tokens=sum(counts), loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, difference=0.0)
+    tokens, responses = add_up([sum(counts), sum(n > 0 for n in counts)])
+    sums = dict(tokens=sum(counts), loss=0.0, kl=0.0, clip_fraction=0.0, entropy=0.0, difference=0.0, norm=None)
     if tokens == 0:                                       # in every process: nobody takes a step
-        return sums | dict(norm=None)
+        return sums
     weight = (1 / (torch.tensor(counts) * responses) if args.loss == "sequence"
               else torch.full([len(counts)], 1 / tokens))          # in the loss, of each token of a roll-out
     for batch in micro_batches(examples, args.micro_tokens):
@@ -119,28 +119,19 @@ def update(policy, reference, optimizer, rollouts, advantage, known, lr, args):
         with torch.no_grad():
             ref = token_logprobs(reference, part, known, args.temperature)[0]
         logprobs, entropies = token_logprobs(policy, part, known, args.temperature, entropies=True)
-        old = torch.tensor([lp for i in batch for lp, by_llm in zip(rollouts[i].logprobs, rollouts[i].by_llm)
+        old = torch.tensor([math.nan if by_llm else lp    # of the LLM's tokens there is none: a ratio of 1
+                            for i in batch for lp, by_llm in zip(rollouts[i].logprobs, rollouts[i].by_llm)
                             if args.llm_tokens_in_loss or not by_llm]).to(logprobs)
-        if args.llm_tokens_in_loss:                       # the sampler stored none for the LLM's: a ratio of 1
-            by_llm = torch.tensor([b for i in batch for b in rollouts[i].by_llm], device=old.device)
-            old = torch.where(by_llm, logprobs.detach(), old)
+        old = torch.where(old.isnan(), logprobs.detach(), old)
         owner = [i for i in batch for _ in range(counts[i])]       # of each learned token: its roll-out
         loss, clipped = policy_loss(logprobs, old, advantage[owner].to(logprobs), args.clip_low, args.clip_high)
         kl = k3(logprobs, ref)
         loss = ((loss + args.kl * kl) * weight[owner].to(logprobs)).sum()
         loss.backward()
-        for name, values in (("loss", loss), ("kl", kl), ("clipped", clipped), ("entropy", entropies)):
+        for name, values in (("loss", loss), ("kl", kl), ("clip_fraction", clipped), ("entropy", entropies)):
             sums[name] += values.sum().item()
         sums["difference"] = max([sums["difference"], *(logprobs - old).abs().tolist()])
     return sums | dict(norm=apply_gradient(policy, optimizer, lr))
-
-
-def group_figures(right, called, reward):
-    """figures() of the groups: how many are in each scenario of the reward, and how many have equal rewards."""
-    alone, solved = (right & ~called).any(-1), right.any(-1)
-    groups = dict(student_solvable=alone, teacher_dependent=solved & ~alone, teacher_unsolvable=~solved,
-                  equal_groups=(reward == reward[:, :1]).all(-1))
-    return {name: (flags.sum().item(), len(flags)) for name, flags in groups.items()}
 
 
 def score(questions, groups, tokenizer, args):
@@ -149,49 +140,49 @@ def score(questions, groups, tokenizer, args):
     called = torch.tensor([[any(r.by_llm) for r in group] for group in groups])
     share = lambda r: min(1.0, sum(c.asked for c in r.calls) / len(r.tokens)) if args.rho_asked else r.rho
     rho = torch.tensor([[share(r) for r in group] for group in groups])
-    if args.reward == "simple":               # what the paper compares with
-        return right, called, right.float() - rho
-    if args.batch_scenarios:
-        return right, called, rewards(right.flatten(), called.flatten(), rho.flatten()).view(right.shape)
-    return right, called, rewards(right, called, rho)
+    groups = (1, -1) if args.batch_scenarios else right.shape
+    reward = (right.float() - rho if args.reward == "simple" else         # what the paper compares with
+              rewards(*(x.reshape(groups) for x in (right, called, rho))).view(right.shape))
+    return right, called, reward
 
 
-def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, known, lr, args, sampled=lambda: None):
+def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, known, lr, args, on_token=None):
     """Sample, score, learn. questions: the whole step's; this process takes its share. Returns (metrics, roll-outs).
 
-    sampled() is called once the roll-outs are there, and the policy is about to change.
+    on_token(row, token, by_llm) sees the roll-outs' tokens as they are written.
     """
     start = time.perf_counter()
     rank, size = world()
     mine = range(rank, len(questions), size)
     prompts = [tokenizer.chat(questions[q].text) for q in mine for _ in range(args.group)]
     flat = relay(policy, llm, tokenizer, prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                 llm_temperature=args.llm_temperature, batch=args.batch,
+                 llm_temperature=args.llm_temperature, batch=args.batch, on_token=on_token,
                  seed=[(args.seed, step, q, g) for q in mine for g in range(args.group)])
     groups = [flat[i:i + args.group] for i in range(0, len(flat), args.group)]       # by index, never by text
     right, called, reward = score([questions[q] for q in mine], groups, tokenizer, args)
     advantage = advantages(reward, args.scale_by_std)
-    sampled()
+    teaches = advantage.any(dim=-1)            # not where all rewards of a group are equal
     middle = time.perf_counter()
 
     sums = []
     for part in range(args.updates):           # old log-probabilities stay those of sampling over all updates
         here = [i for i, q in enumerate(mine) if q * args.updates // len(questions) == part]   # cut alike everywhere
-        chosen = [i for i in here if advantage[i].any() or not args.skip_equal]
+        chosen = [i for i in here if teaches[i] or not args.skip_equal]
         sums.append(update(policy, reference, optimizer, [r for i in chosen for r in groups[i]],
                            advantage[chosen].flatten(), known, lr, args))
-    tokens = sum(s["tokens"] for s in sums)
-    parts = dict(reward=(reward.sum().item(), len(flat))) | figures(right.flatten().tolist(), flat)
-    parts |= group_figures(right, called, reward)
-    parts |= {name: (sum(s[key] for s in sums), tokens) for name, key in
-              (("kl", "kl"), ("clip_fraction", "clipped"), ("entropy", "entropy"))}
+    total = lambda name: sum(s[name] for s in sums)
     norms = [s["norm"] for s in sums if s["norm"] is not None]     # of the updates that had something to learn
     taken = [norm for norm in norms if math.isfinite(norm)]
+    alone, solved = (right & ~called).any(dim=-1), right.any(dim=-1)
+    parts = dict(reward=(reward.sum().item(), len(flat))) | figures(right.flatten().tolist(), flat)
+    parts |= {name: (flags.sum().item(), len(groups)) for name, flags in (
+        ("student_solvable", alone), ("teacher_dependent", solved & ~alone), ("teacher_unsolvable", ~solved),
+        ("equal_groups", ~teaches))}
+    parts |= {name: (total(name), total("tokens")) for name in ("kl", "clip_fraction", "entropy")}
     # Each process divided its loss by the tokens of all: its parts are added up, and the updates counted once.
-    parts["loss"] = sum(s["loss"] for s in sums), len(norms) if rank == 0 else 0
-    numbers = add_up([number for pair in parts.values() for number in pair], known.device)
-    metrics = dict(step=step) | means(dict(zip(parts, zip(numbers[0::2], numbers[1::2]))))
-    metrics |= dict(grad_norm=max(taken, default=math.nan), skipped=len(norms) - len(taken),
+    parts["loss"] = total("loss"), len(norms) if rank == 0 else 0
+    metrics = dict(step=step) | means(dict(zip(parts, add_up(list(parts.values())))))
+    metrics |= dict(grad_norm=max(taken, default=None), skipped=len(norms) - len(taken),
                     sampler_learner_difference=next((s["difference"] for s in sums if s["tokens"]), 0.0), lr=lr,
                     sample_seconds=middle - start, learn_seconds=time.perf_counter() - middle)
     return metrics, groups
@@ -212,9 +203,8 @@ def filter_questions(questions, llm, tokenizer, args, file):
     model = [str(llm.embed.weight.dtype), llm.norm.weight.tolist()]            # enough to tell one LLM from another
     asked = [[q.text for q in questions], model, n, args.seed, args.llm_temperature, args.max_new_tokens]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-    earlier = read_json(file) if file.exists() else {}
+    earlier = meet(read_json(file) if file.exists() else {})[0]                # before the first process writes it
     solved = earlier.get(key, [])              # how often, question by question, as far as it has come
-    wait_for_all()                             # before the first process writes it
     while len(solved) < len(questions):
         many = [q for q in questions[len(solved):len(solved) + FILTERED] for _ in range(n)]
         right = write_answers(llm, None, tokenizer, many, args, "filter", temperature=args.llm_temperature,
@@ -232,15 +222,15 @@ def filter_questions(questions, llm, tokenizer, args, file):
 # Settings
 
 # What the presets differ in. The toy samples at 0.7: at 1.0 it may learn to call always (README.md, "What failed on the
-# way"). Not flags: `ramp` (steps over which the learning rate rises), `decay` (then it falls to 0), and `skip_equal`
-# (groups of equal rewards are left out of the update: it saves time, and the mean and the KL are then over the others).
+# way"). Not flags: `ramp` (steps over which the learning rate rises, before it falls to 0), and `skip_equal` (groups of
+# equal rewards are left out of the update: it saves time, and the mean and the KL are then over the others).
 # PAPER is from the paper or its code, but for micro_tokens, checkpointing and eval_every; and so are the other flags'
 # defaults, and `solo` and `dual` above.
 TOY = dict(temperature=0.7, max_new_tokens=96, steps=60, questions_per_step=16, group=16, lr=1e-3, updates=1,
-           pool=640, filter_samples=2, decay=True, ramp=20, skip_equal=True, micro_tokens=3000,
+           pool=640, filter_samples=2, ramp=20, skip_equal=True, micro_tokens=3000,
            checkpointing=False, eval_every=20)
 PAPER = dict(temperature=1.0, max_new_tokens=8192, steps=100, questions_per_step=128, group=8, lr=1e-6, updates=4,
-             pool=17000, filter_samples=10, decay=False, ramp=1, skip_equal=False, micro_tokens=4096,
+             pool=17000, filter_samples=10, ramp=None, skip_equal=False, micro_tokens=4096,
              checkpointing=True, eval_every=20)
 
 
@@ -290,15 +280,24 @@ def arguments():
     show_presets(p, TOY, PAPER, temperature="; the checks on the way are at 0.7",
                  slm=": what training starts from and stays near (RUN/warmup)")
     args = p.parse_args()
-    check_gpus(p, args)
-    if args.pass_rate > 1:
-        p.error(f"--pass-rate {args.pass_rate}: a share, 0 to 1")
-    if args.group == 1:
-        p.error("--group 1: a roll-out alone has nothing to be compared with")
+    run = Run(args.run)
+    if not run.has("warmup"):
+        raise ValueError(f"{run.path} holds no warm-up yet; run: python warmup.py --run {run.path}")
+    fill_in(args, TOY if run.toy else PAPER)
+    size = max(args.gpus, world()[1])
     taken = r"slm|llm|warmup|eval|relay|relay_no_teacher|fixed_\d+|token_router|random_router\w*"    # by eval.py, too
-    if not re.fullmatch(r"\w+", args.variant) or re.fullmatch(taken, args.variant, re.I):
-        p.error(f"--variant {args.variant}: a name of letters and digits, and none that the run uses otherwise")
-    return args
+    for wrong, why in (
+            (args.pass_rate > 1, f"--pass-rate {args.pass_rate}: a share, 0 to 1"),
+            (args.group == 1, "--group 1: a roll-out alone has nothing to be compared with"),
+            (not re.fullmatch(r"\w+", args.variant) or re.fullmatch(taken, args.variant, re.I),
+             f"--variant {args.variant}: a name of letters and digits, and none that the run uses otherwise"),
+            (size > 1 and args.batch_scenarios,
+             "--batch-scenarios looks at all roll-outs of a step at once: use one process"),
+            (max(size, args.updates) > args.questions_per_step,
+             f"--questions-per-step {args.questions_per_step}: too few for {size} processes, {args.updates} updates")):
+        if wrong:
+            raise WrongArguments(why)
+    return args, run
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,17 +305,24 @@ def arguments():
 
 def save_checkpoint(out, history, policy, optimizer, source, settings):
     """Write the state after the steps of `history`, then make it the one to go on from, then delete the one before."""
-    folder = out / f"checkpoint-{len(history)}"
-    shutil.rmtree(folder, ignore_errors=True)          # half of one, from a run that was killed
+    if world()[0] > 0:                                 # one process writes for all
+        return
+    folder = out / f"checkpoint-{len(history)}"        # there may be half of it, from a run that was killed
     save(policy, folder, source)
     try:
         write_beside(folder / "optimizer.pt", lambda file: torch.save(optimizer.state_dict(), file))
     except RuntimeError as error:                      # how torch.save() says that the disk is full
         raise ValueError(f"{folder}: cannot be written; is the disk full? ({str(error).splitlines()[0]})") from None
     write_json(out / "checkpoint.json", dict(settings=settings, history=history))
-    for old in out.glob("checkpoint-*"):
-        if old != folder:
-            shutil.rmtree(old)
+    delete_checkpoints(out, but=folder)
+
+
+def delete_checkpoints(out, but=None):
+    """Delete all checkpoints, or those before the last one."""
+    if not but:
+        (out / "checkpoint.json").unlink(missing_ok=True)
+    for folder in {*out.glob("checkpoint-*")} - {but}:
+        shutil.rmtree(folder)
 
 
 def last_checkpoint(out, settings):
@@ -333,45 +339,18 @@ def last_checkpoint(out, settings):
     return history, out / f"checkpoint-{len(history)}"
 
 
-def clean_up(out):
-    """Take away the checkpoints of a training that is finished."""
-    (out / "checkpoint.json").unlink(missing_ok=True)
-    for old in out.glob("checkpoint-*"):
-        shutil.rmtree(old)
-
-
 def load_optimizer(optimizer, file):
     """Its state, read on the CPU; load_state_dict() brings it to the device, and the copy is freed."""
     try:
         optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-        for p, state in optimizer.state.items():
-            if state["exp_avg"].shape != p.shape:      # which load_state_dict() does not look at
-                raise ValueError
-    except OSError:
-        raise
+        if any(state["exp_avg"].shape != p.shape for p, state in optimizer.state.items()):    # it does not look at that
+            raise ValueError
     except Exception as error:                 # what a damaged file raises depends on where the damage is
         raise ValueError(f"{file}: damaged, or not of this run ({type(error).__name__})") from None
 
 
-class Signals:
-    """Ctrl-C and SIGTERM. While roll-outs are sampled (calm) the first one interrupts at once: the step is dropped.
-
-    While the policy is being changed or saved, and with several processes, which must agree on it, it waits for the
-    end of the step. Further ones do nothing.
-    """
-
-    def __init__(self):
-        self.asked, self.calm = False, False
-        hear_signals(self.hear)
-
-    def hear(self, *_):
-        first, self.asked = not self.asked, True
-        if first and self.calm:
-            raise KeyboardInterrupt
-
-    def wait(self):
-        self.calm = False
-
+# ---------------------------------------------------------------------------------------------------------------------
+# The training loop
 
 def endless(questions, seed):
     """The questions of training, one by one: every pass over the pool in its own order."""
@@ -379,15 +358,6 @@ def endless(questions, seed):
         order = list(questions)
         random.Random(f"order {seed} {epoch}").shuffle(order)
         yield from order
-
-
-def learning_rate(step, args):
-    """Constant, as in the paper; the toy's rises over `ramp` steps and falls to 0.
-
-    The ramp is there so that the first few batches do not decide alone whether the model calls always (see README.md).
-    """
-    rate = args.lr * min(1.0, step / args.ramp)
-    return rate * (1 - (step - 1) / args.steps) if args.decay else rate
 
 
 def watch(history):
@@ -406,103 +376,77 @@ def watch(history):
     return None
 
 
-def held_out_check(questions, policy, llm, tokenizer, args):
-    """How the relay does at temperature 0.7 on questions that are neither learned from nor reported; {} without any."""
-    if not questions:
-        return {}
-    rollouts = write_answers(policy, llm, tokenizer, questions, args, "check", temperature=0.7,    # as the toy's table
-                             llm_temperature=args.llm_temperature)
-    shown = graded(questions, rollouts, tokenizer)
-    return {f"eval_{name}": shown[name] for name in ("accuracy", "call_rate", "rho")}
-
-
-def train(history, questions, held_out, policy, reference, llm, tokenizer, optimizer, signals, keep, log, args):
+def train(history, questions, held_out, policy, reference, llm, tokenizer, optimizer, asked, keep, log, args):
     """Steps until args.steps are done or a signal asks to stop. The metrics of each are appended to `history`.
 
-    log(metrics) writes a step's line; keep() writes a checkpoint.
+    asked: a list that a signal makes longer. log(metrics) writes a step's line; keep() writes a checkpoint.
     """
-    device = policy.embed.weight.device
-    known = torch.tensor(tokenizer.known, device=device)
-    bad, told = 0, None
+    known, told = torch.tensor(tokenizer.known, device=policy.embed.weight.device), None
     stream = itertools.islice(endless(questions, args.seed), len(history) * args.questions_per_step, None)
     bar = progress_bar(total=args.steps, initial=len(history), desc="GRPO", unit="step")
-    try:
-        while len(history) < args.steps and not add_up([signals.asked], device)[0]:
-            step = len(history) + 1
-            batch = list(itertools.islice(stream, args.questions_per_step))
-            signals.calm = world()[1] == 1
-            metrics, groups = train_step(step, batch, policy, reference, llm, tokenizer, optimizer, known,
-                                         learning_rate(step, args), args, signals.wait)
-            if args.eval_every and step % args.eval_every == 0:
-                metrics |= held_out_check(held_out, policy, llm, tokenizer, args)
-            history.append({k: None if isinstance(v, float) and not math.isfinite(v) else v
-                            for k, v in metrics.items()})
-            log(history[-1])
-            bar.set_postfix(acc=f"{metrics['accuracy']:.2f}", calls=f"{metrics['call_rate']:.2f}",
-                            rho=f"{metrics['rho']:.3f}", n=f"{metrics['asked'] or 0:.1f}",
-                            len=f"{metrics['length']:.0f}", refresh=False)
-            bar.update()
-            if step % 20 == 0:
-                tqdm.write(f"step {step}: {tokenizer.decode(groups[0][0].tokens)}")
-            warning = watch(history) if llm else None
-            if warning and warning != told:
-                tqdm.write(warning)
-                told = warning
-            if math.isfinite(metrics["grad_norm"]):
-                bad = 0
-            elif metrics["skipped"]:           # else there was nothing to learn
-                bad += 1
-            if bad == 5:                       # the policy is that of the last step that was taken
-                raise ValueError("5 steps in a row had no finite gradient; what was saved before is kept, and --resume "
-                                 "goes on from there; try a smaller --lr in a new run")
-            if step % args.save_every == 0 and step < args.steps:
-                keep()
-    except KeyboardInterrupt:                  # while sampling: the policy is still that of the last whole step
-        pass
+
+    def stop_sampling(*_):                     # at once; but several processes must agree on the step to stop after
+        if asked and world()[1] == 1:
+            raise KeyboardInterrupt
+
+    while len(history) < args.steps and not add_up(len(asked)):
+        step, lr = len(history) + 1, args.lr   # constant, as in the paper
+        if args.ramp:                          # the toy's rises, so that the first batches do not decide all, and falls
+            lr = args.lr * min(1.0, step / args.ramp) * (1 - (step - 1) / args.steps)
+        batch = list(itertools.islice(stream, args.questions_per_step))
+        try:
+            metrics, groups = train_step(step, batch, policy, reference, llm, tokenizer, optimizer, known, lr, args,
+                                         stop_sampling)
+        except KeyboardInterrupt:              # the policy is still that of the last whole step
+            break
+        if held_out and args.eval_every and step % args.eval_every == 0:      # they are neither learned nor reported
+            answers = write_answers(policy, llm, tokenizer, held_out, args, "check", temperature=0.7,
+                                    llm_temperature=args.llm_temperature)     # 0.7: as the toy's table
+            shown = graded(held_out, answers, tokenizer)
+            metrics |= {f"eval_{name}": shown[name] for name in ("accuracy", "call_rate", "rho")}
+        history.append({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()})
+        log(history[-1:])
+        bar.set_postfix({key: metrics[key] for key in ("accuracy", "call_rate", "rho", "length")}, refresh=False)
+        bar.update()
+        if step % 20 == 0:
+            tqdm.write(f"step {step}: {tokenizer.decode(groups[0][0].tokens)}")
+        if llm and (warning := watch(history)) not in (None, told):
+            tqdm.write(warning)
+            told = warning
+        norms = [m["grad_norm"] for m in history if m["skipped"] or m["grad_norm"] is not None]   # of what was learned
+        if norms[-5:] == [None] * 5:           # the policy is that of the last step that was taken
+            raise ValueError("5 steps in a row had no finite gradient; what was saved before is kept, and --resume "
+                             "goes on from there; try a smaller --lr in a new run")
+        if step % args.save_every == 0 and step < args.steps:
+            keep()
     bar.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The script
 
-def starting_point(run, out, chosen, args):
-    """last_checkpoint(), if any: what is done, and the model to go on from. Refuses what would overwrite or cannot."""
-    if run.has(args.variant):
-        raise ValueError(f"{out} is there already; choose another --run, or delete it")
-    if not args.resume and (out / "checkpoint.json").exists():
-        raise ValueError(f"{out} holds an unfinished training; go on with --resume, or delete it")
-    size = max(args.gpus, world()[1])
-    if size > 1 and args.batch_scenarios:
-        raise WrongArguments("--batch-scenarios looks at all roll-outs of a step at once: use one process")
-    if max(size, args.updates) > args.questions_per_step:
-        raise WrongArguments(f"--questions-per-step {args.questions_per_step}: too few for {size} processes, "
-                             f"{args.updates} updates")
-    return last_checkpoint(out, chosen)
-
-
 def main():
-    args = arguments()
-    run = Run(args.run)
-    if not run.has("warmup"):
-        raise ValueError(f"{run.path} holds no warm-up yet; run: python warmup.py --run {run.path}")
-    fill_in(args, TOY if run.toy else PAPER)
+    args, run = arguments()
     out, source = run.path / args.variant, args.slm or run.path / "warmup"
-    if run.has(args.variant) and args.resume:
-        clean_up(out)
+    if run.has(args.variant):
+        if not args.resume:
+            raise ValueError(f"{out} is there already; choose another --run, or delete it")
+        delete_checkpoints(out)                # the run may have been killed between finish() and this
         print(f"{out} is finished; next: python eval.py --run {run.path}")
         return
     questions, held_out = training_questions(args, run.toy, "grpo", args.pool, args.eval_questions)
     texts = hashlib.sha256(json.dumps([q.text for q in questions]).encode()).hexdigest()
     chosen = settings(args) | dict(weights_at_start=fingerprint(source)[:12], question_texts=texts[:12])
-    history, folder = starting_point(run, out, chosen, args)
+    history, folder = last_checkpoint(out, chosen)
+    if folder and not args.resume:
+        raise ValueError(f"{out} holds an unfinished training; go on with --resume, or delete it")
     done = len(history)
     run.open()
-    start_processes(args.gpus)
+    start_processes(args)
     device, frozen = machine(args, run.toy)
-    join_processes(device)
-    rank, _ = world()
-    llm_path = args.llm or run.directory("llm")
-    policy, llm, tokenizer = load_pair(folder or source, llm_path, device, torch.float32, frozen)
+    first = join_processes(device)
+    policy, llm, tokenizer = load_pair(folder or source, args.llm or run.directory("llm"), device, torch.float32,
+                                       frozen)
     policy.checkpointing = args.checkpointing
     reference = load(source, device)
     if policy.config != reference.config:
@@ -514,32 +458,28 @@ def main():
     questions = filter_questions(questions, llm, tokenizer, args, run.path / "filter.json")
     if not questions:
         raise ValueError("the LLM solves none of the questions; give easier ones, or --filter-samples 0")
+    keep = lambda: save_checkpoint(out, history, policy, optimizer, source, chosen)
 
-    def keep():
-        if rank == 0:                          # the others write no file
-            save_checkpoint(out, history, policy, optimizer, source, chosen)
+    def log(steps, mode="a"):
+        if first:
+            with open(out / "metrics.jsonl", mode, encoding="utf-8") as file:
+                file.writelines(json.dumps(metrics) + "\n" for metrics in steps)
 
-    def log(metrics):
-        if rank == 0:
-            with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics) + "\n")
-
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(metrics) + "\n" for metrics in history)     # steps after these are done again
-        write_beside(out / "metrics.jsonl", lambda file: file.write(lines.encode()))
+    out.mkdir(parents=True, exist_ok=True)
+    log(history, "w")                          # the steps after these are done again
+    asked = []
+    hear_signals(lambda *_: asked.append(True))
     train(history, questions, held_out, policy, reference, None if args.no_teacher else llm, tokenizer, optimizer,
-          Signals(), keep, log, args)
+          asked, keep, log, args)
     if len(history) < args.steps:
         if len(history) > len(last_checkpoint(out, chosen)[0]):    # one that is there is not endangered
             keep()
-        wait_for_all()                                     # who leaves first has the others killed
-        sys.exit(f"grpo.py: stopped after step {len(history)}; go on with --resume" if rank == 0 else 1)
-    if rank == 0:
+        meet()                                             # who leaves first has the others killed
+        sys.exit(f"grpo.py: stopped after step {len(history)}; go on with --resume" if first else 1)
+    if first:
         save(policy, out, source)
         run.finish(args.variant, chosen)
-        clean_up(out)
-    wait_for_all()
+        delete_checkpoints(out)
     tokens = sum(m["length"] for m in history[done:]) * args.questions_per_step * args.group
     rate = lambda key: tokens / max(1e-9, sum(m[key] for m in history[done:]))
     print(f"sampled {rate('sample_seconds'):,.0f} tokens/s, learned {rate('learn_seconds'):,.0f} tokens/s")

@@ -43,7 +43,7 @@ from relay import (Run, WrongArguments, command, entropy, fill_in, graded, load_
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared by both stages: data parallel training (skip it on a first reading)
 #
-# N processes run the same script; each holds both models and takes every N-th question. What they have in common
+# N processes run the same script; each holds both models and takes an N-th of the questions. What they have in common
 # (seeds, order, settings) each computes for itself, so little is sent: rows of metrics, roll-outs where all need all,
 # and the gradient.
 
@@ -53,22 +53,26 @@ def world():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def start_processes(n):
-    """--gpus n: run this command line in n processes, one per GPU, and exit with them; in each of them just return.
+def start_processes(args):
+    """--gpus N: run this command line in N processes, one per GPU, and exit with them; in each of them just return.
 
     If one fails the others are stopped: they would wait for it for ever.
     """
+    n, there = args.gpus, torch.cuda.device_count()
     if n == 1 or "RANK" in os.environ:
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    if args.device == "auto" and 0 < there < n:
+        raise WrongArguments(f"--gpus {n}: this machine has {there}")
+    if args.device not in ("auto", "cpu"):
+        raise WrongArguments(f"--gpus {n} takes CUDA's GPUs in order; leave out --device {args.device}")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     shared = dict(os.environ, WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))    # else each takes all cores
     children = [subprocess.Popen([sys.executable, *sys.argv], env=dict(shared, RANK=str(i), LOCAL_RANK=str(i)))
                 for i in range(n)]
     hear_signals(lambda *_: [child.terminate() for child in children])
-    while any(child.poll() is None for child in children) and not any(child.poll() for child in children):
+    while None in (codes := [child.poll() for child in children]) and not any(codes):
         time.sleep(0.1)
     for child in children:
         child.kill()                           # does nothing to one that has ended
@@ -93,44 +97,31 @@ def end_with_parent():
 
 
 def join_processes(device):
-    """Meet the other processes. Only the first one prints."""
+    """Meet the other processes. Returns whether this is the first one: only that one prints, and writes files."""
     rank, size = world()
     if device == "cpu" and rank == 0:
-        print(f"no GPU is used: running on the CPU, {size} process{'es' if size > 1 else ''}")
+        print(f"no GPU is used: running on the CPU, {size} process{'es' * (size > 1)}")
     if size > 1:
         end_with_parent()                      # else it would go on to write into a run that has been resumed
         if device.startswith("cuda"):
-            torch.cuda.set_device(device)      # all_gather_object() sends over the current device
+            torch.cuda.set_device(device)      # meet() sends over the current device
         distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=7))
         if rank > 0:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    return rank == 0
 
 
-def add_up(values, device):
-    """Numbers, each summed over all processes."""
-    if world()[1] == 1:
-        return list(values)
-    sums = torch.tensor(values, dtype=torch.float64, device=device)
-    distributed.all_reduce(sums)
-    return sums.tolist()
+def meet(brought=None):
+    """Wait until all processes are here. Returns what each of them brought, by rank."""
+    everything = [brought] * world()[1]
+    if len(everything) > 1:
+        distributed.all_gather_object(everything, brought)
+    return everything
 
 
-def gather(part):
-    """The whole list, when process r of N holds items r, r + N, r + 2N, ... of it."""
-    rank, size = world()
-    if size == 1:
-        return part
-    parts = [None] * size
-    distributed.all_gather_object(parts, part)
-    whole = [None] * sum(map(len, parts))
-    for r in range(size):
-        whole[r::size] = parts[r]
-    return whole
-
-
-def wait_for_all():
-    if world()[1] > 1:
-        distributed.barrier()
+def add_up(values):
+    """A number, or lists of numbers, each summed over all processes."""
+    return torch.tensor(meet(values), dtype=torch.float64).sum(dim=0).tolist()
 
 
 def machine_arguments(p):
@@ -140,15 +131,6 @@ def machine_arguments(p):
     p.add_argument("--micro-tokens", type=positive(int), help="tokens that pass the model at once")
     p.add_argument("--checkpointing", action=argparse.BooleanOptionalAction,
                    help="compute layers again in the backward pass: slower, smaller")
-
-
-def check_gpus(p, args):
-    """More GPUs than there are, or one that is named for several processes: exit code 2."""
-    there = torch.cuda.device_count()
-    if args.device == "auto" and 0 < there < args.gpus:
-        p.error(f"--gpus {args.gpus}: this machine has {there}")
-    if args.device not in ("auto", "cpu") and args.gpus > 1:
-        p.error(f"--gpus {args.gpus} takes CUDA's GPUs in order; leave out --device {args.device}")
 
 
 def settings(args):
@@ -166,19 +148,16 @@ def write_answers(slm, llm, tokenizer, questions, args, label, keep=lambda quest
                   **options):
     """relay() over questions with the script's settings and a progress bar; each process writes its share.
 
-    Returns what keep(question, rollout) makes of each, which is all that is held in memory and sent to the other
-    processes. first: the number that the first question draws its random numbers by.
+    Returns what keep(question, rollout) makes of each, which is all that is sent to the other processes. first: the
+    number that the first question draws its random numbers by.
     """
-    rank, size = world()
-    mine, kept = range(rank, len(questions), size), []
+    (rank, size), n = world(), len(questions)
+    mine = range(rank * n // size, (rank + 1) * n // size)
     with progress_bar(total=len(mine), desc=label, unit="answer", leave=label != "check") as bar:
-        for start in range(0, len(mine), args.batch):
-            part = mine[start:start + args.batch]
-            rollouts = relay(slm, llm, tokenizer, [tokenizer.chat(questions[i].text) for i in part], **{
-                "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "progress": bar.update,
-                "seed": [(args.seed, first + i) for i in part], **options})
-            kept += [keep(questions[i], rollout) for i, rollout in zip(part, rollouts)]
-    return gather(kept)
+        rollouts = relay(slm, llm, tokenizer, [tokenizer.chat(questions[i].text) for i in mine], **{
+            "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "batch": args.batch,
+            "seed": [(args.seed, first + i) for i in mine], "progress": bar.update, **options})
+    return sum(meet([keep(questions[i], rollout) for i, rollout in zip(mine, rollouts)]), [])
 
 
 def training_questions(args, toy, stage, count, checks):
@@ -187,17 +166,18 @@ def training_questions(args, toy, stage, count, checks):
     They are read before the models, so that a wrong file is found at once.
     """
     rng, count = random.Random(f"{stage} {args.seed}"), min(count, args.limit or count)
-    if toy and args.questions is None:
-        return (list(itertools.islice(toy_questions("train", rng, unseen=False), count)),
-                list(itertools.islice(toy_questions("held_out", rng), checks)))
-    if args.questions is None:
+    if args.questions is None and not toy:
         raise WrongArguments("real models need --questions FILE")
-    questions = load_questions(args.questions, args.limit)
-    rng.shuffle(questions)
-    held_out = [q for q in questions if split_of(q.text) == "held_out"]
-    if len(held_out) == len(questions):
-        raise ValueError(f"{args.questions}: nothing is left to train on (a tenth is held out by a hash of the text)")
-    return [q for q in questions if split_of(q.text) != "held_out"][:count], held_out[:checks]
+    if args.questions is None:
+        pool, held_out = toy_questions("train", rng, unseen=False), toy_questions("held_out", rng)
+    else:
+        questions = load_questions(args.questions, args.limit)
+        rng.shuffle(questions)
+        pool, held_out = ([q for q in questions if (split_of(q.text) == "held_out") == held] for held in (False, True))
+        if not pool:
+            raise ValueError(f"{args.questions}: nothing is left to train on (a tenth is held out by a hash of the "
+                             "text)")
+    return list(itertools.islice(pool, count)), list(itertools.islice(held_out, checks))
 
 
 PROMPT = 4096     # tokens of a question at most (the paper's training)
@@ -222,12 +202,7 @@ class Example:
     """A sequence, and which of its tokens are to be learned (never the first: nothing predicts it)."""
     tokens: list
     learn: list
-    shared: int = 0     # so many of its first tokens are a prompt that other examples begin with, too
-
-    @property
-    def prompt(self):
-        """The shared tokens that are read: all, but for the example's very last token, which predicts nothing."""
-        return tuple(self.tokens[:-1][:self.shared])
+    prompt: tuple = ()  # its first tokens, where other examples may begin with the same prompt
 
 
 def micro_batches(examples, most):
@@ -235,16 +210,13 @@ def micro_batches(examples, most):
 
     The roll-outs of one prompt stay together, so that a batch reads it once.
     """
-    groups, length = {}, lambda i: len(examples[i].tokens)
+    groups, length, batches = {}, lambda i: len(examples[i].tokens), []
     for i, e in enumerate(examples):
-        groups.setdefault(e.prompt or i, []).append(i)                         # nothing shared: a group of its own
-    batches, width = [], 0
+        groups.setdefault(e.prompt, []).append(i)
     for group in sorted(groups.values(), key=lambda group: max(map(length, group))):
         for i in sorted(group, key=length):
-            width = max(width, length(i))
-            if not batches or width * (len(batches[-1]) + 1) > most:
+            if not batches or max(map(length, [*batches[-1], i])) * (len(batches[-1]) + 1) > most:
                 batches.append([])
-                width = length(i)
             batches[-1].append(i)
     return batches
 
@@ -321,7 +293,7 @@ def apply_gradient(model, optimizer, lr):
 
 
 def supervised_step(model, optimizer, examples, known, lr, most):
-    """One update of the mean negative log-likelihood over all learned tokens of the batch. Returns (loss, tokens).
+    """One update of the mean negative log-likelihood over all learned tokens of the batch. Returns the loss.
 
     examples: the whole batch, the same in every process; each learns its share.
     """
@@ -332,36 +304,31 @@ def supervised_step(model, optimizer, examples, known, lr, most):
         part.backward()
         loss += part.item()
     apply_gradient(model, optimizer, lr)
-    loss = add_up([loss], known.device)[0]
+    loss = add_up(loss)
     if not math.isfinite(loss):
         raise ValueError("the loss is no longer finite; try a smaller --lr")
-    return loss, total
+    return loss
 
 
 def supervise(model, tokenizer, batches, steps, lr, ramp, most, label, position=0):
     """One update for each batch, a list of examples. The learning rate rises over `ramp` steps, then falls to 0."""
     optimizer, known = adamw(model, lr), torch.tensor(tokenizer.known, device=model.embed.weight.device)
     start, read = time.perf_counter(), 0
-    bar = progress_bar(total=steps, desc=label, unit="step", position=position)
-    for step, examples in enumerate(batches):
-        now = lr * min(1.0, (step + 1) / ramp) * (1 - step / steps)
-        loss, _ = supervised_step(model, optimizer, examples, known, now, most)
-        read += sum(len(e.tokens) for e in examples)
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        bar.update()
-    bar.close()
+    with progress_bar(total=steps, desc=label, unit="step", position=position) as bar:
+        for step, examples in enumerate(batches):
+            now = lr * min(1.0, (step + 1) / ramp) * (1 - step / steps)
+            loss = supervised_step(model, optimizer, examples, known, now, most)
+            read += sum(len(e.tokens) for e in examples)
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update()
     tqdm.write(f"{label}: {read / (time.perf_counter() - start):,.0f} tokens/s")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage 0: the toy pair
 
-TOY_SIZES = {
-    "slm": dict(hidden_size=48, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, head_dim=16),
-    "llm": dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=6,
-                num_key_value_heads=2, head_dim=16),
-}
+TOY_SIZES = {"slm": dict(hidden_size=48, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4),
+             "llm": dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=6)}
 # asides: the share of texts that hold some. unreliable: the prices of rare things are made up
 TOY_CORPUS = {"slm": dict(lr=4e-3, asides=0.4, unreliable=True), "llm": dict(lr=3e-3, asides=0.1, unreliable=False)}
 
@@ -377,7 +344,7 @@ def pretrain(rank, jobs, batch=32):
     config = parse_config(dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], vocab_size=len(tokenizer.known),
                                max_position_embeddings=512, rope_theta=10000.0, rms_norm_eps=1e-6, hidden_act="silu",
                                tie_word_embeddings=True, attention_bias=False, eos_token_id=tokenizer.end_id,
-                               **TOY_SIZES[name]), directory)
+                               num_key_value_heads=2, head_dim=16, **TOY_SIZES[name]), directory)
     model, corpus = Transformer(config).initialize(seed), TOY_CORPUS[name]
     rng = random.Random(f"{name} {seed}")
     questions = toy_questions("train", rng, unreliable=corpus["unreliable"])
@@ -394,21 +361,19 @@ def pretrain(rank, jobs, batch=32):
 
 def pretrain_pair(run, args):
     """Both models at the same time, one process for each. What is there already is kept."""
-    made_with = {name: dict(steps=steps, seed=args.seed)
-                 for name, steps in (("slm", args.slm_steps), ("llm", args.llm_steps))}
-    missing = [name for name in made_with if not run.finished(f"pretrain {name}", made_with[name])]
-    for name in made_with:
-        if name in missing:
-            save_toy_tokenizer(run.path / name)
-        else:
+    jobs = []
+    for name, steps in (("slm", args.slm_steps), ("llm", args.llm_steps)):
+        if run.finished(f"pretrain {name}", dict(steps=steps, seed=args.seed)):
             print(f"{run.path / name} is there already")
-    jobs = [(name, run.path / name, *made_with[name].values()) for name in missing]
+        else:
+            save_toy_tokenizer(run.path / name)
+            jobs.append((name, run.path / name, steps, args.seed))
     try:
         torch.multiprocessing.spawn(pretrain, (jobs,), nprocs=len(jobs))    # if one fails, both end
     except (torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException) as error:
         raise ValueError(f"pretraining the toy pair failed: {str(error).splitlines()[-1]}") from None
-    for name in missing:
-        run.finish(f"pretrain {name}", made_with[name])
+    for name, _, steps, seed in jobs:
+        run.finish(f"pretrain {name}", dict(steps=steps, seed=seed))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -472,16 +437,9 @@ def arguments():
     args = p.parse_args()
     if (args.slm is None) != (args.llm is None):
         p.error("--slm and --llm go together")
-    check_gpus(p, args)
     args.toy = args.slm is None
     fill_in(args, TOY if args.toy else PAPER)
     return args
-
-
-def report(label, questions, rollouts, tokenizer):
-    if questions:
-        print("{}: {accuracy:.1%} right, calls in {call_rate:.0%} of {} answers, rho {rho:.1%}".format(
-            label, len(questions), **graded(questions, rollouts, tokenizer)))
 
 
 def main():
@@ -490,35 +448,38 @@ def main():
     if run.finished("warmup", settings(args)):
         print(f"{run.path / 'warmup'} is finished; next: python grpo.py --run {run.path}")
         return
-    run.info["toy"] = args.toy
-    for name, path in (("slm", args.slm), ("llm", args.llm)):
-        run.info.pop(name, None)               # of a pair whose warm-up was deleted
-        if path is not None:
-            read_config(path)                  # a wrong directory is named before anything is made
-            run.info[name] = str(path.resolve())
-    pool, check = training_questions(args, args.toy, "warmup", args.samples, args.check)
+    run.info = dict(toy=args.toy, stages=run.info["stages"])     # without a pair whose warm-up was deleted
+    for name, path in () if args.toy else (("slm", args.slm), ("llm", args.llm)):
+        read_config(path)                      # a wrong directory is named before anything is made
+        run.info[name] = str(path.resolve())
+    pool, checks = training_questions(args, args.toy, "warmup", args.samples, args.check)
     run.open()
-    start_processes(args.gpus)
+    start_processes(args)
     device, frozen = machine(args, args.toy)
-    join_processes(device)
-    first = world()[0] == 0
+    first = join_processes(device)
     if args.toy and first:
         pretrain_pair(run, args)
-    wait_for_all()
+    meet()
     slm, llm, tokenizer = load_pair(run.directory("slm"), run.directory("llm"), device, torch.float32, frozen)
+    pool, checks = (short(questions, tokenizer, slm, llm) for questions in (pool, checks))
+
+    def check(label, llm):
+        rollouts = write_answers(slm, llm, tokenizer, checks, args, label)
+        if checks:
+            print("{}: {accuracy:.1%} right, calls in {call_rate:.0%} of {} answers, rho {rho:.1%}".format(
+                label, len(checks), **graded(checks, rollouts, tokenizer)))
+
     start = time.perf_counter()
-    pool, check = short(pool, tokenizer, slm, llm), short(check, tokenizer, slm, llm)
     own = write_answers(slm, None, tokenizer, pool, args, "sample", temperature=1.0)    # its own distribution
     print(f"sampled {sum(len(r.tokens) for r in own) / (time.perf_counter() - start):,.0f} tokens/s")
-    report("SLM alone", check, write_answers(slm, None, tokenizer, check, args, "before"), tokenizer)
+    check("SLM alone", None)
     slm.checkpointing = args.checkpointing
     warm_up(slm, tokenizer, own, args)
-    report("warmed up, with the LLM", check, write_answers(slm, llm, tokenizer, check, args, "after"), tokenizer)
+    check("warmed up, with the LLM", llm)
     if first:
         save(slm, run.path / "warmup", run.directory("slm"))
         run.finish("warmup", settings(args))
     print(f"wrote {run.path / 'warmup'}; next: python grpo.py --run {run.path}")
-    wait_for_all()
 
 
 if __name__ == "__main__":

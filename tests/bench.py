@@ -61,7 +61,7 @@ SHAPES = {
     "qwen3-8b": dict(QWEN3, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32),
     "qwen3-32b": dict(QWEN3, hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, num_attention_heads=64),
     "toy": dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], vocab_size=330, max_position_embeddings=512,
-                rope_theta=1e4, tie_word_embeddings=True, **TOY_SIZES["slm"]),
+                rope_theta=1e4, tie_word_embeddings=True, num_key_value_heads=2, head_dim=16, **TOY_SIZES["slm"]),
 }
 TEXTS = ["What is the capital of France?", "Tom has 3 boxes of 12 pens and gives away 7. How many pens are left?",
          "Write a short poem about the sea.", "Why is the sky blue?", "List five animals that can swim.",

@@ -25,7 +25,7 @@ from grpo import advantages, examples_of, k3, last_checkpoint, policy_loss, rewa
 from model import Config, Transformer, load, parse_config, save
 from needs import memory_needed
 from relay import Call, Rollout, WrongArguments, command, entropy, log_softmax, relay, small_models
-from warmup import adamw, join_processes, token_logprobs, warm_up
+from warmup import adamw, join_processes, start_processes, token_logprobs, warm_up
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +205,8 @@ def played(monkeypatch, groups, **changes):
 
     def note(policy, reference, optimizer, rollouts, advantage, known, lr, args):
         seen.append((rollouts, advantage.tolist(), [list(r.logprobs) for r in rollouts]))
-        return dict(tokens=1, loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, difference=0.0, norm=changes.get("norm", 0.0))
+        return dict(tokens=1, loss=0.0, kl=0.0, clip_fraction=0.0, entropy=0.0, difference=0.0,
+                    norm=changes.get("norm", 0.0))
 
     monkeypatch.setattr(grpo, "relay", lambda *args, **options: [r for group in groups for r in group])
     monkeypatch.setattr(grpo, "is_right", lambda question, rollout, tokenizer: bool(rollout.tokens[-1]))
@@ -372,7 +373,7 @@ def test_the_old_log_probabilities_stay_those_of_sampling(letters):
         sampled = torch.tensor([lp for r in rollouts for lp, b in zip(r.logprobs, r.by_llm) if not b])
         sums = update(policy, reference, optimizer, rollouts, torch.ones(len(rollouts)), known, 0.03, settings())
         assert sums["difference"] == pytest.approx((now - sampled).abs().max().item(), abs=1e-6)
-        assert (sums["difference"] > 0.05) == (sums["clipped"] > 0) == (k > 0)
+        assert (sums["difference"] > 0.05) == (sums["clip_fraction"] > 0) == (k > 0)
     assert stored == [r.logprobs for r in rollouts]
 
 
@@ -708,12 +709,11 @@ def trained(monkeypatch, norms):
     history, kept = [], []
 
     monkeypatch.setattr(grpo, "train_step", step)
-    args = settings(steps=len(norms), questions_per_step=1, lr=1e-3, ramp=1, decay=False, eval_every=0, updates=1,
+    args = settings(steps=len(norms), questions_per_step=1, lr=1e-3, ramp=None, eval_every=0, updates=1,
                     save_every=1, seed=0)
     try:
         grpo.train(history, ["a", "b"], [], tiny("qwen3"), None, None, ByteTokenizer(), None,
-                   SimpleNamespace(asked=False, calm=False, wait=None), lambda: kept.append(len(history)),
-                   lambda metrics: json.dumps(metrics, allow_nan=False), args)
+                   [], lambda: kept.append(len(history)), lambda metrics: json.dumps(metrics, allow_nan=False), args)
     except ValueError as error:
         assert "5 steps in a row" in str(error) and "\n" not in str(error)
     return len(history), kept
@@ -755,13 +755,12 @@ def test_processes_end_when_the_one_that_started_them_is_killed(warmed_up):
     assert not any(map(alive, children))
 
 
-def test_more_gpus_than_there_are_is_one_line(monkeypatch, capsys):
+@pytest.mark.parametrize("device, fault", [("auto", "this machine has 1"), ("cuda:0", "leave out --device")])
+def test_more_gpus_than_there_are_is_one_line(monkeypatch, device, fault):
     """Found out by the second process only, it would be a traceback among others."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(sys, "argv", ["grpo.py", "--gpus", "2"])
-    with pytest.raises(SystemExit) as exit:
-        grpo.arguments()
-    assert exit.value.code == 2 and "this machine has 1" in capsys.readouterr().err
+    with pytest.raises(WrongArguments, match=fault):
+        start_processes(SimpleNamespace(gpus=2, device=device))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
