@@ -188,7 +188,7 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
     return metrics, groups
 
 
-FILTERED = 1000   # questions after which filter_questions() notes how far it has come
+FILTERED = 1000   # questions whose answers filter_questions() holds in memory, before it notes how far it has come
 
 
 def filter_questions(questions, llm, tokenizer, args, file):
@@ -227,14 +227,14 @@ def filter_questions(questions, llm, tokenizer, args, file):
 # PAPER is from the paper or its code, but for micro_tokens, checkpointing and eval_every; and so are the other flags'
 # defaults, and `solo` and `dual` above.
 TOY = dict(temperature=0.7, max_new_tokens=96, steps=60, questions_per_step=16, group=16, lr=1e-3, updates=1,
-           pool=640, filter_samples=2, ramp=20, skip_equal=True, micro_tokens=3000,
-           checkpointing=False, eval_every=20)
+           pool=640, filter_samples=2, ramp=20, skip_equal=True, micro_tokens=3000, checkpointing=False, eval_every=20)
 PAPER = dict(temperature=1.0, max_new_tokens=8192, steps=100, questions_per_step=128, group=8, lr=1e-6, updates=4,
-             pool=17000, filter_samples=10, ramp=None, skip_equal=False, micro_tokens=4096,
-             checkpointing=True, eval_every=20)
+             pool=17000, filter_samples=10, ramp=None, skip_equal=False, micro_tokens=4096, checkpointing=True,
+             eval_every=20)
 
 
 def arguments():
+    """(the arguments, filled in, and the Run that they name). WrongArguments where they do not go together."""
     p = parser("Stage 2: GRPO over relay roll-outs. Defaults: the toy's, and with real models the paper's.",
                "python grpo.py --run runs/toy --gpus 1")
     g = p.add_argument_group("the algorithm")
@@ -379,7 +379,7 @@ def watch(history):
 def train(history, questions, held_out, policy, reference, llm, tokenizer, optimizer, asked, keep, log, args):
     """Steps until args.steps are done or a signal asks to stop. The metrics of each are appended to `history`.
 
-    asked: a list that a signal makes longer. log(metrics) writes a step's line; keep() writes a checkpoint.
+    asked: a list that a signal makes longer. log(some of the history) writes lines; keep() writes a checkpoint.
     """
     known, told = torch.tensor(tokenizer.known, device=policy.embed.weight.device), None
     stream = itertools.islice(endless(questions, args.seed), len(history) * args.questions_per_step, None)
