@@ -247,7 +247,7 @@ class Tokenizer:
         end_ids, end_id: the format's end of turn first, then what generation_config.json and config.json name.
         """
         file, template = path / "chat_template.jinja", settings.get("chat_template")
-        if file.exists():
+        if file.is_file():
             template = file.read_text(encoding="utf-8", errors="replace")
         self._chat, end_of_turn = chat_format(str(template or ""))
         if template is None:
@@ -262,7 +262,7 @@ class Tokenizer:
             named = read_json(file, {}).get("eos_token_id")
             for i in named if isinstance(named, list) else [] if named is None else [named]:
                 if type(i) is not int or not 0 <= i < len(self.known) or not self.known[i]:
-                    raise ValueError(f"{file}: eos_token_id {str(i)[:20]} is not a token of {self._file.name}")
+                    raise ValueError(f"{file}: eos_token_id {str(i)[:20]!r} is not a token of {self._file.name}")
                 ends.append(i)
         if not ends:
             raise ValueError(f"{path / 'config.json'}: names no end-of-text token (eos_token_id)")
@@ -478,9 +478,9 @@ def read_question(row):
         problem = said[-1] if said else None
     if not isinstance(problem, str):
         raise ValueError("no text under problem, question or prompt")
-    # DAPO-Math-17k asks for "Answer: ..." around its problem; we ask for \boxed{}
-    wrapper = r"Solve the following math problem step by step\..*?\n\n(.*?)\n\nRemember to put your answer on its own.*"
-    problem = re.sub(rf"^{wrapper}$", r"\1", problem, flags=re.S)
+    head, _, rest = problem.partition("\n\n")
+    if head.startswith("Solve the following math problem step by step.") and rest:  # DAPO-Math-17k, around its problem
+        problem = rest.partition("\n\nRemember to put your answer on its own")[0]
     if isinstance(row.get("context"), str) and row["context"]:  # OlympiadBench
         problem = row["context"] + "\n" + problem
 
@@ -535,7 +535,7 @@ def last_boxed(text):
 
 NUMBER = re.compile(r"(?<![\^\d])(?<!\^\{)(?:(?<![\w)}])-)?(?:\\[dtc]?frac(?:\{\d+\}\{\d+\}|\d\d)"
                     r"|\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d*\.?\d+)(?:\.\d+)?(?:/\d+)?%?)")
-CHOICE = re.compile(r"(?:^\(?|\(|(?i:answer|option|choice)(?: is)?:?[\s*$(]+)([A-J])(?![\w'])"
+CHOICE = re.compile(r"(?:^\(?(?![AI] [a-z])|\(|(?i:answer|option|choice)(?: is)?:?[\s*$(]+)([A-J])(?![\w'])"
                     r"(?!\)?\s*(?:[,;/&+]|and|or)\s*\(?[A-J]\b)")  # A, but not A and B
 RELATION = "[<>]=?|="
 
@@ -559,6 +559,7 @@ OPERATORS = {"=": (1, operator.sub), "+": (2, operator.add), "-": (2, operator.s
              "/": (3, operator.truediv), "^": (4, power)}
 POSTFIX = {"!": factorial, "%": lambda x: x / 100}
 CLOSING = {")", "]", "}", "\\}"}
+CLOSED_BY = {"(", "[", "\\{"}  # brackets that are no argument of the function before them
 PAIRS = {"frac": operator.truediv, "binom": lambda n, k: factorial(n) / factorial(k) / factorial(n - k)}
 FUNCTIONS = {name: getattr(cmath, name) for name in "sin cos tan sinh cosh tanh exp log sqrt".split()} | {
     "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "ln": cmath.log, "lg": cmath.log10,
@@ -613,7 +614,7 @@ TIDY = [(regex.compile(pattern), new) for pattern, new in (
     (r"(?<![\d.,(\[])(?<!\\\{)(\d{1,3}(?:,\d{3})+)(?![\d,])", lambda number: number[1].replace(",", "")),
     (r"\((\d+)\)(?=_)", r"\1"), (r"(?<=\d)_\{(\d+)\}", r"_\1"), (r"_\{(\w|\\[a-zA-Z]+)\}", r"_\1"),  # (52)_{8}; x_{1}
     (r"\{(\w+)\}(?=_)", r" \1"), (r"(?<![a-zA-Z\\])([a-zA-Z])\(0\)", r"\1_0"),  # \dot{x}_0; f(0)
-    (r"^\s*(?:[a-zA-Z]|\([^()]*\))\s*\\in(?![a-z])\s*|[\s./*]+$|^\s+", ""))]
+    (r"^\s*(?:[a-zA-Z]|\([^()]*\))\s*\\in(?![a-z])\s*|[\s./*^]+$|^[\s^]+", ""))]
 
 
 def tidy(text):
@@ -640,7 +641,7 @@ def items(text):
     parts = [part.replace("\\pm", sign) for part in split_outside(text, r"\\cup(?![a-z])|[,;]") if part
              for sign in ("+-" if "\\pm" in part and "\\{" not in part else ["\\pm"])] or [text]
     if len(parts) == 1 and len(sides := split_outside(parts[0], RELATION)) > 1:
-        return "".join(sorted({*re.findall(RELATION, parts[0])})), sides
+        return re.sub("^=+$", "=", "".join(re.findall(RELATION, parts[0]))), sides
     if len(parts) == 1 and re.fullmatch(r"[(\[].*[)\]]", text) and len(inner := split_outside(text[1:-1], ",")) > 1:
         return text[0] + text[-1], inner
     return "", parts
@@ -658,16 +659,19 @@ def same(given, gold, depth=0):
     if kind != gold_kind and "=" in (kind, gold_kind):  # x = 5 is 5, but where x + y = 5 is asked for, 5 is not
         if kind == "=":
             return same(a[-1], gold, depth + 1)
-        return not re.search("[+-]", b[0]) and same(given, b[-1], depth + 1)
+        return not re.search(r"[+-]|\^\{?\d", b[0]) and same(given, b[-1], depth + 1)
     if kind == gold_kind == "=":
-        named = not re.search("[+-]", a[0] + b[0]) and not b[-1][1:].isalpha()  # x = 5 may be given as y = 5
-        return a == b[::-1] or same_value(given, gold) or named and same(a[-1], b[-1], depth + 1)
+        named = not re.search(r"[+-]|\^\{?\d", a[0] + b[0]) and not b[-1][1:].isalpha()  # x = 5 may be given as y = 5
+        return (a == b[::-1] or len(a) == len(b) == 2 and same_value(given, gold, None)
+                or named and same(a[-1], b[-1], depth + 1))
     if len(a) != len(b) or len(a) > 64:
         return False
     if len(a) == 1:
         return same_value(a[0], b[0])
     if gold_kind:  # (3, 4) may be given as 3, 4
         return kind in (gold_kind, gold_kind.strip("()")) and all(same(*pair, depth + 1) for pair in zip(a, b))
+    if re.match(RELATION, kind):  # 3 < 4 is no list
+        return False
     for part in a:
         found = next((n for n, other in enumerate(b) if same(part, other, depth + 1)), None)
         if found is None:
@@ -676,16 +680,16 @@ def same(given, gold, depth=0):
     return True
 
 
-def same_value(given, gold):
+def same_value(given, gold, factor=1):
     """Equal as numbers: exactly if both are written exactly, else to 6 places.
 
-    Formulas: at three points, where their letters stand for positive numbers. Equations: up to a factor.
+    Formulas: at three points, where their letters stand for positive numbers; for the last also for negative ones if
+    there are bars, since |x| is x for the others. Equations: up to a factor (None), which is seen at the first point.
     """
     if ("%" in given) != ("%" in gold) and same_value(given.replace("%", ""), gold.replace("%", "")):
         return True  # 50% is 0.5, and may be given as 50
-    factor = None if "=" in given and "=" in gold else 1
     try:
-        for point in range(3):
+        for point in (0, 1, -2 if "|" in given + gold else 2):
             a, b = (Formula(side, point).group({"\n"}) for side in (given, gold))
             factor = a / b if factor is None else factor
             gap, size = abs(a - factor * b), abs(factor * b)
@@ -700,9 +704,9 @@ def same_value(given, gold):
 class Formula:
     """The value of a formula in LaTeX or plain notation, by precedence climbing.
 
-    Exact (a Fraction) up to powers of 4,096 bits, else complex. A letter or an unknown command is a variable: a
-    positive number, another one at each point. What has no value raises ValueError, ArithmeticError or RecursionError;
-    floors and ceilings have none, so that they are right only as the gold answer spells them.
+    Exact (a Fraction) up to powers of 4,096 bits, else complex. A letter or an unknown command is a variable: another
+    number at each point, a negative one at a negative point. What has no value raises ValueError, ArithmeticError or
+    RecursionError; floors and ceilings have none, so that they are right only as the gold answer spells them.
     """
 
     def __init__(self, text, point):
@@ -759,7 +763,7 @@ class Formula:
             return CONSTANTS[name]
         if not name[:1].isalpha() or token == name and name[1:2] not in ("", "_"):
             raise ValueError("a word, or a sign that stands in no formula")
-        return random.Random(f"{name} {self.point}").uniform(0.4, 2.6)
+        return (-1 if self.point < 0 else 1) * random.Random(f"{name} {self.point}").uniform(0.4, 2.6)
 
     def function(self, name):
         """sin x, sin 2x, sin(x), sin^2 x and so on, and a logarithm to any base."""
@@ -769,7 +773,8 @@ class Formula:
             name, exponent = "arc" + name, Fraction(1)
         bracket = self.tokens[self.at] in ("(", "[", "{")
         value = self.value(3)
-        while not bracket and FACTOR.match(self.tokens[self.at]) and self.tokens[self.at].strip("\\") not in FUNCTIONS:
+        while not (bracket or self.tokens[self.at] in CLOSED_BY or self.tokens[self.at].strip("\\") in FUNCTIONS) and (
+                FACTOR.match(self.tokens[self.at])):  # sin 2x (x + 1) is sin(2x) (x + 1)
             value = value * self.value(3)
         value = FUNCTIONS[name](complex(value))
         return power(value / cmath.log(complex(base)) if name == "log" else value, exponent)

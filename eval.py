@@ -63,11 +63,12 @@ class Answers:
 
     def __init__(self, path):
         self.path, self.records = path, {}
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         for line in text.splitlines():
-            with suppress(ValueError, KeyError, TypeError):       # half a line, of an evaluation that was killed
+            with suppress(ValueError, KeyError, TypeError, RecursionError):      # half a line, of one that was killed
                 record = json.loads(line)
-                self.records[record["key"]] = record
+                if {"tokens", "calls", "end", "cost", "seconds"} <= record.keys():
+                    self.records[record["key"]] = record
         if text and not text.endswith("\n"):
             write_beside(path, lambda file: file.write(text.encode() + b"\n"))
 
@@ -153,10 +154,10 @@ def where_calls_happen(answers, tokenizer):
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
 
-HEADER = ("method                    accuracy  95% interval         rho  calls     n  length   cut     parameters"
+HEADER = ("method                    accuracy  95% interval         rho  calls     n  length    cut     parameters"
           "     time")
 COLUMNS = dict(accuracy="{:9.1%}", beside="  {:15}", rho="{:9.2%}", call_rate="{:7.0%}", asked="{:6.1f}",
-               length="{:8.1f}", cut="{:6.1%}", parameters_a_token="{:15,.0f}", time="{:8.2f}x")
+               length="{:8.1f}", cut="{:7.1%}", parameters_a_token="{:15,.0f}", time="{:8.2f}x")
 
 
 def as_text(rows):

@@ -367,8 +367,8 @@ def watch(history):
         return None
     if mean("call_rate") < 0.005:
         return "warning: the model has stopped calling; the warm-up was too weak, or it guesses too well"
-    if mean("call_rate") > 0.99 and mean("student_solvable") < 0.05:
-        return "warning: every answer calls, so no group shows what the model can do alone; nothing teaches it not to"
+    if mean("call_rate") > 0.95 and mean("student_solvable") < 0.1:
+        return "warning: nearly every answer calls; hardly a group shows what the model can do alone, to teach it not to"
     if mean("rho") > 0.5:
         return "warning: the LLM writes more than half of the tokens; the model has collapsed into long calls"
     if mean("length") > 1.3 * history[0]["length"]:

@@ -548,7 +548,8 @@ def read_safetensors(path):
                  and math.prod(n or 1 for n in shape) < 2**48, f"tensor {name!r} has no sane shape")
             count, begin = math.prod(shape), end                         # it begins where the one before it ends
             end += count * dtype.itemsize
-            need(entry["data_offsets"] == [begin, end] and start + end <= len(data),
+            need(entry["data_offsets"] == [begin, end] and {*map(type, entry["data_offsets"])} == {int}
+                 and start + end <= len(data),
                  f"tensor {name!r} should fill bytes {begin} to {end} behind the header, without overlap or hole")
             tensors[name] = (torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin) if count
                              else torch.empty(0, dtype=dtype)).view(shape)
@@ -576,7 +577,8 @@ def weight_files(path):
     if single.exists() or not index.exists():
         return [single]
     names = read_json(index).get("weight_map")
-    need(isinstance(names, dict) and all(re.fullmatch(r"[^/\\:]+\.safetensors", str(name)) for name in names.values()),
+    need(isinstance(names, dict) and all(re.fullmatch(r"[^/\\:\0-\x1f]+\.safetensors", str(name))
+                                         for name in names.values()),
          f"{index}: weight_map must map tensors to safetensors files of the same directory")
     return [path / name for name in sorted(set(names.values()))]
 

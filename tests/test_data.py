@@ -494,6 +494,13 @@ c^2 M_{\\odot}^6 | c^2 M_\\odot^6
 52_8 | (52)_8
 \\binom{5}{2} | \\dbinom{5}{2}
 B | \\text{Answer: B} | \\text{The answer is (B)}
+\\cos x + \\sin x\\cos x | \\cos x(1+\\sin x)
+2\\cos x(1+\\sin x) | 2\\cos x + 2\\sin x\\cos x
+mg\\sin\\theta(1-\\mu) | mg(1-\\mu)\\sin\\theta
+(x+1)\\ln 2 | \\ln 2 (x+1)
+12 | **12** | **12
+|a-b| | |b-a|
+x=y=2 | x = y = 2 | 2
 """
 WRONG = """
 1/2 | 0.51 | 2 | -1/2 | 1,2 | \\frac{1}{3} | | x
@@ -531,6 +538,16 @@ v_{\\text{min}} | v_{\\text{max}}
 I(0) e^{-\\frac{t}{R C}} | I(0) | I(0) e^{-tRC} | 0
 [-2,7] | -2,7 | \\{-2,7\\}
 (3,4] | 3,4
+-1 < x \\le 2 | -1 \\le x < 2
+x<y>z | x>y<z
+\\sum_{k=1}^{n} a_k | 2\\sum_{k=1}^{n} a_k | -\\sum_{k=1}^{n} a_k
+\\prod_{k=1}^{n} 3 | \\prod_{k=1}^{n} 7
+x=y=2 | x=y+2 | x-y=2
+|x| | x
+\\frac{|x|}{x} | 1
+3, 4 | 3 < 4
+x^2=4 | x=4
+y^2=4x | 4x
 """
 
 
@@ -605,7 +622,15 @@ DIFFERENT = """1080 dollars | 90° | 1 4/5 | 3√13 | 7*pi | (C) 12 apples | \\f
  | \\textbf{(C)}\\ 12 | \\text{(C) } 12 | \\mathrm{(C)}\\ 12 | \\text{C. }12 | \\text{Option C}
  | \\begin{pmatrix}1\\\\[4pt]2\\end{pmatrix} | 18 pieces | 18 pizzas | 18 tanks | 18 sections
  | 18 \\frac{\\text{km}}{\\text{hr}} | n \\in \\{-2, 1\\} | y' + r y = r x(t) | c^2 M_\\odot^6 | 1, 2\\text{, and }3 | (52)_8
- | \\text{Answer: B} | \\text{The answer is (B)} | \\frac{T_{\\text{cold}}}{T_{\\text{hot}}} | v_{\\text{max}}"""
+ | \\text{Answer: B} | \\text{The answer is (B)} | \\frac{T_{\\text{cold}}}{T_{\\text{hot}}} | v_{\\text{max}}
+ | \\cos x(1+\\sin x) | 2\\cos x + 2\\sin x\\cos x | mg(1-\\mu)\\sin\\theta | \\ln 2 (x+1) | \\arcsin(10/13)"""
+
+
+def test_a_sentence_that_begins_with_a_or_i_chooses_nothing():
+    """Cut before its answer, "I need to find ..." was the choice I."""
+    assert not grade("I need to find the pH of the solution. First, we", "I")
+    assert not grade("A train goes 50 km in an hour, so the distance is seven.", "A")
+    assert grade("A", "A") and grade("I think it is (B).", "B") and grade("\\boxed{A}", "A")
 
 
 def test_grading_agrees_with_math_verify():
