@@ -404,6 +404,9 @@ class Cache:
         return self.steps.get(rows)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Faster decoding on a GPU (skip it on a first reading)
+
 class Step:
     """A decoding step, one token a row, recorded on a CUDA GPU and then replayed (a CUDA graph).
 
@@ -444,6 +447,7 @@ class Step:
 
 @lru_cache
 def side_stream(device):
+    """The stream that steps are recorded on: one for all, since each keeps working memory of its own."""
     return torch.cuda.Stream(device)
 
 

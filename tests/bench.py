@@ -278,7 +278,7 @@ def bandwidth(bench):
     other = torch.empty_like(block)
     limit = 2 * block.nbytes / bench.turns(lambda: bench.seconds(lambda: other.copy_(block)))[0]
     bench.notes.append(f"bandwidth: a copy moves {limit / 1e9:,.0f} GB/s")
-    del block, other
+    block = other = None                                 # gives the memory back
     for name in ("qwen0.5b", "qwen3-1.7b", "qwen3-8b", "qwen3-32b"):
         model = on_device(bench, name, torch.bfloat16)
         prompt = [bench.prompts(model, None, 1)[0]]
