@@ -672,6 +672,9 @@ def same(given, gold, depth=0):
         return kind in (gold_kind, gold_kind.strip("()")) and all(same(*pair, depth + 1) for pair in zip(a, b))
     if re.match(RELATION, kind):  # 3 < 4 is no list
         return False
+    names, others = (sorted(part.partition("=")[0].strip() for part in side) for side in (a, b))
+    if names == others and "=" in a[0]:  # x = 3, y = 4: each name has its own value
+        return all(same(*pair, depth + 1) for pair in zip(sorted(a), sorted(b)))
     for part in a:
         found = next((n for n, other in enumerate(b) if same(part, other, depth + 1)), None)
         if found is None:
