@@ -379,7 +379,7 @@ def watch(history):
 def train(history, questions, held_out, policy, reference, llm, tokenizer, optimizer, asked, keep, log, args):
     """Steps until args.steps are done or a signal asks to stop. The metrics of each are appended to `history`.
 
-    asked: a list that a signal makes longer. log(some of the history) writes lines; keep() writes a checkpoint.
+    asked: a list that a signal makes longer. log(metrics) writes a step's line; keep() writes a checkpoint.
     """
     known, told = torch.tensor(tokenizer.known, device=policy.embed.weight.device), None
     stream = itertools.islice(endless(questions, args.seed), len(history) * args.questions_per_step, None)
@@ -405,7 +405,7 @@ def train(history, questions, held_out, policy, reference, llm, tokenizer, optim
             shown = graded(held_out, answers, tokenizer)
             metrics |= {f"eval_{name}": shown[name] for name in ("accuracy", "call_rate", "rho")}
         history.append({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()})
-        log(history[-1:])
+        log(history[-1])
         bar.set_postfix({key: metrics[key] for key in ("accuracy", "call_rate", "rho", "length")}, refresh=False)
         bar.update()
         if step % 20 == 0:
@@ -460,13 +460,15 @@ def main():
         raise ValueError("the LLM solves none of the questions; give easier ones, or --filter-samples 0")
     keep = lambda: save_checkpoint(out, history, policy, optimizer, source, chosen)
 
-    def log(steps, mode="a"):
+    def log(metrics):
         if first:
-            with open(out / "metrics.jsonl", mode, encoding="utf-8") as file:
-                file.writelines(json.dumps(metrics) + "\n" for metrics in steps)
+            with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
 
     out.mkdir(parents=True, exist_ok=True)
-    log(history, "w")                          # the steps after these are done again
+    if first:                                  # the steps after these are done again
+        lines = "".join(json.dumps(metrics) + "\n" for metrics in history)
+        write_beside(out / "metrics.jsonl", lambda file: file.write(lines.encode()))
     asked = []
     hear_signals(lambda *_: asked.append(True))
     train(history, questions, held_out, policy, reference, None if args.no_teacher else llm, tokenizer, optimizer,
