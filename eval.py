@@ -80,17 +80,20 @@ class Answers:
         keys = [hashlib.sha256(json.dumps([settings, seed, prompt], sort_keys=True).encode()).hexdigest()
                 for prompt, seed in jobs]
         missing = [(key, *job) for key, job in zip(keys, jobs) if key not in self.records]
-        with progress_bar(total=len(jobs), initial=len(jobs) - len(missing), desc=method, unit="answer") as bar:
-            for start in range(0, len(missing), args.batch):
-                before = time.perf_counter()
-                names, prompts, seeds = zip(*missing[start:start + args.batch])
-                written = relay(writer, helper, tokenizer, prompts, seed=seeds, progress=bar.update, **options)
-                seconds = (time.perf_counter() - before) / len(names)
-                with open(self.path, "a", encoding="utf-8") as file:
-                    for key, (_, n), r in zip(names, seeds, written):
-                        self.records[key] = dict(key=key, method=method, index=n, tokens=r.tokens, calls=r.calls,
-                                                 end=r.end, cost=r.cost, seconds=seconds)
-                        file.write(json.dumps(self.records[key]) + "\n")
+        last = time.perf_counter()
+        with (progress_bar(total=len(jobs), initial=len(jobs) - len(missing), desc=method, unit="answer") as bar,
+              open(self.path, "a", encoding="utf-8") as file):
+
+            def keep(i, r):
+                nonlocal last
+                (key, _, (_, n)), before, last = missing[i], last, time.perf_counter()
+                self.records[key] = dict(key=key, method=method, index=n, tokens=r.tokens, calls=r.calls, end=r.end,
+                                         cost=r.cost, seconds=last - before)
+                print(json.dumps(self.records[key]), file=file, flush=True)
+                bar.update()
+
+            relay(writer, helper, tokenizer, [prompt for _, prompt, _ in missing], on_end=keep, batch=args.batch,
+                  seed=[seed for _, _, seed in missing], **options)
         rollouts, records = [], [self.records[key] for key in keys]
         for record, (prompt, _) in zip(records, jobs):
             by_llm, calls = [False] * len(record["tokens"]), [Call(*call) for call in record["calls"]]
@@ -201,8 +204,11 @@ def plot(rows, sweep, metrics, path):
     top.plot([x for x, _ in points], [y for _, y in points], ".:", color="tab:green", label="token router, swept")
     for (name, row), mark in zip(rows.items(), itertools.cycle("os^vDP*Xp<>hd")):
         if not name.startswith("random"):
-            bar = np.abs(np.subtract(row["ci95"], row["accuracy"]))[:, None]
-            top.errorbar([max(row["rho"], 1e-4)], [row["accuracy"]], yerr=bar, fmt=mark, capsize=3, label=name)
+            at, bar = (max(row["rho"], 1e-4), row["accuracy"]), np.abs(np.subtract(row["ci95"], row["accuracy"]))
+            big = dict(markersize=16, markeredgecolor="black", zorder=9) if name == "relay" else {}   # others lie below
+            top.errorbar(*at, yerr=bar[:, None], fmt=mark, capsize=3, label=name, **big)
+            if name in ("slm", "relay", "llm"):
+                top.annotate(f"{name} {row['accuracy']:.1%}", at, (12, -14), textcoords="offset points")
     top.set(xscale="log", xlabel="share of tokens by the LLM (none: at the left edge)", ylabel="accuracy")
     top.legend(fontsize=8, ncols=2)
     for axes, key in zip(curves, ("accuracy", "rho", "length")):

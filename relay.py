@@ -17,7 +17,8 @@ Three rules make it exact and cheap.
      a roll-out is the same alone and in any batch (in float32, rounding may decide a near-tie otherwise).
 
 Turns alternate for the whole batch: the SLM runs until every row waits or has ended, then the LLM serves all waiting
-rows as one batch, because its steps are the expensive ones. Whatever a model writes is data; nothing here raises on it.
+rows as one batch, because its steps are the expensive ones. Where rows have ended, the next ones take their places
+(continuous batching). Whatever a model writes is data; nothing here raises on it.
 
 Left out: both models at work at the same time (the LLM's batches would be smaller, and a roll-out would depend on the
 clock), and an LLM behind a server (what it would have to offer is what Reader does).
@@ -34,10 +35,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,64 +129,74 @@ def entropy(logprobs):
 # ---------------------------------------------------------------------------------------------------------------------
 # One model's side
 
+@dataclass
+class Text:
+    """What one model is to see of a row, and how far it has come."""
+    prompt: tuple
+    tokens: list        # the prompt, and what followed it so far
+    own: list           # for each of those: did this model write it?
+    cached: int = 0     # how many of them are in the cache
+    copied: int = 0     # how many of those another row has read
+
+
 class Reader:
     """A model, its KV cache, and for every row the text that the model is to see.
 
-    This is all that the relay asks of either model: feed() it tokens of a row, step() some rows for the logits of their
-    next token, drop() what has ended, and tell the cost(). What of a row's text is in the cache is never read again.
+    This is all that the relay asks of either model: begin() a row with its prompt, feed() it tokens, step() some rows
+    for the logits of their next token, tell the cost() of one, drop() what has ended. What of a row's text is in the
+    cache is never read again.
     """
 
-    def __init__(self, model, prompts):
+    def __init__(self, model):
         self.model, self.cache = model, Cache(model)
-        self.tokens = [list(prompt) for prompt in prompts]         # row -> all that this model is to see
-        self.own = [[False] * len(prompt) for prompt in prompts]   # row -> for each of those: did this model write it?
-        self.cached = [0] * len(prompts)                           # row -> how many of them are in the cache
-        self.copied = [0] * len(prompts)                           # row -> how many of those another row has read
-        self.prompts = [tuple(prompt) for prompt in prompts]       # row -> its prompt
-        self.twins = Counter(self.prompts)                         # prompt -> how many rows have it
-        self.holder = {}                                           # prompt -> a row whose cache holds it
+        self.texts = {}     # row -> Text
+        self.holder = {}    # prompt -> a row whose cache holds it
+
+    def begin(self, row, prompt):
+        self.texts[row] = Text(tuple(prompt), list(prompt), [False] * len(prompt))
 
     def feed(self, row, tokens, own=False):
-        self.tokens[row] += tokens
-        self.own[row] += [own] * len(tokens)
+        self.texts[row].tokens += tokens
+        self.texts[row].own += [own] * len(tokens)
 
     def cost(self, row):
         """(prefill, decode): tokens of this row that the model really read: written by others, and by itself."""
-        decode = sum(self.own[row][:self.cached[row]])
-        return self.cached[row] - self.copied[row] - decode, decode
+        text = self.texts[row]
+        decode = sum(text.own[:text.cached])
+        return text.cached - text.copied - decode, decode
 
     def step(self, rows):
         """Read all that is new for `rows`. Returns them in cache order, and the logits (B, V) after each one's last."""
-        if new := [row for row in rows if self.cached[row] == 0]:
-            self.share_prompts(new)
-        return self.read(rows, [len(tokens) for tokens in self.tokens], last=True)
+        if new := [row for row in rows if self.texts[row].cached == 0 and len(self.texts[row].prompt) > 1]:
+            self.read_prompts({row: self.texts[row].prompt for row in new})
+        return self.read({row: len(self.texts[row].tokens) for row in rows}, last=True)
 
-    def share_prompts(self, new):
-        """Roll-outs of one question: one row reads all of the prompt but its last token, the others copy its cache.
+    def read_prompts(self, new):
+        """Read the prompts of new rows, {row: prompt}, all but their last tokens: equal ones once, the others copy it.
 
-        Each row reads the prompt's last token itself, because it needs the logits after it.
+        So a question is read once for all its roll-outs. Each row reads the last token itself, because it needs the
+        logits after it; and rows that are further on need not be padded to the length of a prompt.
         """
-        new = [row for row in new if self.twins[self.prompts[row]] > 1 and len(self.prompts[row]) > 1]
-        readers = [row for row in new if self.holder.setdefault(self.prompts[row], row) == row]
-        goal = [len(prompt) - 1 for prompt in self.prompts]
+        readers = [row for row, prompt in new.items() if self.holder.setdefault(prompt, row) == row]
         if readers:
-            self.read(readers, goal)
-        for source in {self.holder[self.prompts[row]] for row in new}:
-            copies = [row for row in new if self.prompts[row] == self.prompts[source] and row != source]
-            self.cache.copy(source, copies, goal[source])
+            self.read({row: len(new[row]) - 1 for row in readers})
+        for source in {self.holder[prompt] for prompt in new.values()}:
+            prompt = self.texts[source].prompt
+            if copies := [row for row in new if new[row] == prompt and row != source]:
+                self.cache.copy(source, copies, len(prompt) - 1)
             for row in copies:
-                self.cached[row] = self.copied[row] = goal[source]
+                self.texts[row].cached = self.texts[row].copied = len(prompt) - 1
 
-    def read(self, rows, goal, last=False):
+    def read(self, goal, last=False):
         """Read up to goal[row] tokens of each row: a chunk at a time of those with more, then the rest of all at once.
 
         Returns the rows in cache order and what the last pass gave: hidden states, or logits (B, V) with last=True.
         """
-        chunk = max(min(CHUNK, PASS // len(rows)), 1)
+        chunk, texts = max(min(CHUNK, PASS // len(goal)), 1), self.texts
         while True:
-            long = [row for row in rows if goal[row] - self.cached[row] > chunk]
-            order = self.cache.arrange(long or rows)
-            parts = [self.tokens[row][self.cached[row]:min(goal[row], self.cached[row] + chunk)] for row in order]
+            long = [row for row in goal if goal[row] - texts[row].cached > chunk]
+            order = self.cache.arrange(long or list(goal))
+            parts = [texts[row].tokens[texts[row].cached:min(goal[row], texts[row].cached + chunk)] for row in order]
             counts = [len(part) for part in parts]
             width, flat = max(counts), []                          # one list: made a tensor three times as fast
             for part in parts:
@@ -195,15 +205,16 @@ class Reader:
             out = (self.model(tokens, self.cache, counts, last=True) if last and not long
                    else self.model.hidden(tokens, self.cache, counts))
             for row, count in zip(order, counts):
-                self.cached[row] += count
+                texts[row].cached += count
             if not long:
                 return order, out
 
     def drop(self, rows):
         """Forget rows that have ended, and give their part of the cache back."""
         for row in rows:
-            if self.holder.get(self.prompts[row]) == row:
-                del self.holder[self.prompts[row]]
+            prompt = self.texts.pop(row).prompt
+            if self.holder.get(prompt) == row:
+                del self.holder[prompt]
         self.cache.drop(rows)
 
 
@@ -247,9 +258,9 @@ class Row:
     """The state of one roll-out while it is written."""
 
     def __init__(self, prompt, budget, seed):
-        self.out = Rollout(list(prompt), end="" if budget > 0 else "length")
-        self.left = budget   # tokens that may still be written
-        self.uniforms = np.random.default_rng(seed).random(max(budget, 0))    # one for each token, whoever writes it
+        self.out = Rollout(list(prompt))
+        self.left = budget   # tokens that may still be written, at least 1
+        self.uniforms = np.random.default_rng(seed).random(budget)     # one for each token, whoever writes it
         self.since = 0       # index of the first token that the LLM has not been fed: the one after its own last
         self.tail = b""      # the end of the SLM's text from there on, where a command may stand
         self.owed = 0        # tokens that the LLM has still to write; above 0 the row waits for it
@@ -288,7 +299,7 @@ class Row:
 
 @torch.inference_mode()
 def relay(slm, llm, tokenizer, prompts, *, max_new_tokens, temperature=0.7, seed=0, llm_temperature=0.7, top_p=1.0,
-          fixed=None, router=None, no_calls=False, batch=None, on_token=None, progress=None):
+          fixed=None, router=None, no_calls=False, batch=None, on_token=None, on_end=None):
     """Write a response to every prompt. Returns a list of Rollout.
 
     slm, llm: Transformers that share `tokenizer`; llm=None: nobody is called, and commands stay as text.
@@ -298,43 +309,45 @@ def relay(slm, llm, tokenizer, prompts, *, max_new_tokens, temperature=0.7, seed
     fixed=N: every call delivers N tokens, whatever was asked. router=(high, low): commands are not obeyed; instead,
     where the SLM's next-token entropy exceeds `high` nats, its token is discarded and the LLM writes until its own
     entropy falls below `low` (R-Stitch, arXiv 2507.17307). no_calls=True: the SLM cannot write a command's opening.
-    batch: rows decoded at once (default: all). on_token(row, token, by_llm) sees tokens as they are written;
-    progress(n) hears of n finished rows.
+    batch: rows decoded at once (default: all); where some have ended others take their places. on_token(row, token,
+    by_llm) sees tokens as they are written, on_end(row, rollout) roll-outs as they end.
     """
     seeds = [(seed, i) for i in range(len(prompts))] if isinstance(seed, (int, np.integer)) else list(seed)
-    if len(seeds) != len(prompts) or not 0 < top_p <= 1:
-        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts, top_p {top_p}: one seed each, above 0 to 1")
+    if len(seeds) != len(prompts) or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts (one each), top_p {top_p} (above 0, to 1), "
+                         f"max_new_tokens {max_new_tokens} (at least 1)")
     context = min(model.config.context for model in (slm, llm) if model is not None)
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) < context:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens; the context holds 1 to {context - 1}: "
                              f"{tokenizer.decode(prompt)[:80]!r} ...")
-    how = dict(temperature=temperature, llm_temperature=llm_temperature, top_p=top_p, fixed=fixed, router=router,
-               no_calls=no_calls, progress=progress)
-    rollouts, size, packed = [], batch or len(prompts) or 1, prepack(slm)
+    rollouts, packed = [None] * len(prompts), prepack(slm)
+
+    def end(row, rollout):
+        rollouts[row] = rollout
+        if on_end:
+            on_end(row, rollout)
+
     try:
-        for start in range(0, len(prompts), size):
-            rows = [Row(p, min(max_new_tokens, context - len(p)), s)
-                    for p, s in zip(prompts[start:start + size], seeds[start:start + size])]
-            tell = lambda row, token, by_llm: on_token(start + row, token, by_llm) if on_token else None
-            relay_batch(slm, llm, tokenizer, rows, tell=tell, **how)
-            rollouts += [row.out for row in rows]
+        coming = enumerate(Row(p, min(max_new_tokens, context - len(p)), s) for p, s in zip(prompts, seeds))
+        relay_rows(slm, llm, tokenizer, coming, batch or len(prompts), on_token or (lambda *token: None), end,
+                   temperature, llm_temperature, top_p, fixed, router, no_calls)
     finally:
         forget(packed)
     return rollouts
 
 
-def relay_batch(slm, llm, tokenizer, rows, *, tell, progress, temperature, llm_temperature, top_p, fixed, router,
-                no_calls):
-    """Write the responses of these rows, turn by turn. A row is named by its index.
+def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperature, llm_temperature, top_p, fixed,
+               router, no_calls):
+    """Write the responses of all rows, turn by turn, `places` of them at once. coming: iterator of (index, Row).
 
     Without an LLM nobody ever waits: the SLM's first turn lasts until all rows have ended.
     """
     known = torch.tensor(tokenizer.known, device=slm.embed.weight.device)
     banned = completing(tokenizer, known.device) if no_calls else None
-    prompts = [row.out.prompt for row in rows]
-    slm_reader = Reader(slm, prompts)
-    llm_reader = Reader(llm, prompts) if llm is not None else None
+    slm_reader, llm_reader = Reader(slm), Reader(llm) if llm is not None else None
+    readers = [slm_reader, llm_reader] if llm_reader else [slm_reader]
+    rows = {}                                              # index -> Row, of those that are live
 
     def draw(reader, turn, temperature, top_p=1.0, banned=None):
         """One step of a model for the rows whose turn it is: them in cache order, log-probabilities (B, N), sampled ids
@@ -350,20 +363,29 @@ def relay_batch(slm, llm, tokenizer, rows, *, tell, progress, temperature, llm_t
             raise ValueError("a model's logits are not finite at this --temperature and --dtype (float16 overflows)")
         return order, logprobs, ids.tolist(), chosen
 
-    def retire(live):
-        """Take the rows that have ended out of the caches. Returns the others."""
-        ended = [r for r in live if rows[r].out.end]
-        if ended:
-            slm_reader.drop(ended)
-            if llm_reader:
-                llm_reader.drop(ended)
-            if progress:
-                progress(len(ended))
-        return [r for r in live if not rows[r].out.end]
+    def renew():
+        """Take the rows that have ended out, and let others in. Returns those that came.
 
-    live = retire(range(len(rows)))                        # a budget of 0 is spent before the first token
-    while live:
-        turn = live                                        # the SLM writes until every live row waits for the LLM
+        They come when an eighth of the places is free: to read the prompt of one takes as long as of several.
+        """
+        if ended := [r for r in rows if rows[r].out.end]:
+            for r in ended:
+                cost = sum((reader.cost(r) for reader in readers), ()) + (0, 0)
+                rows[r].out.cost = dict(zip(("slm_prefill", "slm_decode", "llm_prefill", "llm_decode"), cost))
+                on_end(r, rows.pop(r).out)
+            for reader in readers:
+                reader.drop(ended)
+        free = places - len(rows)
+        came = dict(islice(coming, free if free >= places / 8 else 0))
+        for r, row in came.items():
+            for reader in readers:
+                reader.begin(r, row.out.prompt)
+        rows.update(came)
+        return list(came)
+
+    renew()
+    while rows:
+        turn = list(rows)                                  # the SLM writes until every row waits for the LLM
         while turn:
             order, logprobs, ids, chosen = draw(slm_reader, turn, temperature, top_p, banned)
             unsure = (entropy(logprobs) > router[0]).tolist() if router and llm_reader else [False] * len(order)
@@ -374,17 +396,17 @@ def relay_batch(slm, llm, tokenizer, rows, *, tell, progress, temperature, llm_t
                     continue
                 row.append(token, False, logprob, tokenizer.end_ids)
                 slm_reader.feed(r, [token], own=True)
-                tell(r, token, False)
+                on_token(r, token, False)
                 n = row.find_command(tokenizer.token_bytes[token])
                 if n is not None and llm_reader and not router and not row.out.end:
                     row.call(n, n if fixed is None else fixed)
-            live = retire(live)
-            turn = [r for r in order if not rows[r].out.end and not rows[r].owed]
+            came = renew()
+            turn = [r for r in order if r in rows and not rows[r].owed] + came
 
-        for r in live:                                     # what of each row the LLM has not been fed
-            new = rows[r].out.tokens[rows[r].since:]
+        for r, row in rows.items():                        # what of each row the LLM has not been fed
+            new = row.out.tokens[row.since:]
             llm_reader.feed(r, new if router else without_commands(new, tokenizer))   # a router's commands are text
-        turn = live                                        # the LLM serves them all as one batch
+        turn = list(rows)                                  # the LLM serves them all as one batch
         while turn:
             order, logprobs, ids, _ = draw(llm_reader, turn, llm_temperature)
             sure = (entropy(logprobs) < router[1]).tolist() if router else [False] * len(order)
@@ -393,15 +415,11 @@ def relay_batch(slm, llm, tokenizer, rows, *, tell, progress, temperature, llm_t
                 row.append(token, True, 0.0, tokenizer.end_ids)
                 llm_reader.feed(r, [token], own=True)
                 slm_reader.feed(r, [token])
-                tell(r, token, True)
+                on_token(r, token, True)
                 if stop:
                     row.owed = 0
-            live = retire(live)
-            turn = [r for r in order if not rows[r].out.end and rows[r].owed]
-
-    for r, row in enumerate(rows):
-        costs = slm_reader.cost(r) + (llm_reader.cost(r) if llm_reader else (0, 0))
-        row.out.cost = dict(zip(("slm_prefill", "slm_decode", "llm_prefill", "llm_decode"), costs))
+            renew()                                        # who comes now waits for the SLM's turn
+            turn = [r for r in order if r in rows and rows[r].owed]
 
 
 def plain_text(rollout, tokenizer):

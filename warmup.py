@@ -156,7 +156,7 @@ def write_answers(slm, llm, tokenizer, questions, args, label, keep=lambda quest
     with progress_bar(total=len(mine), desc=label, unit="answer", leave=label != "check") as bar:
         rollouts = relay(slm, llm, tokenizer, [tokenizer.chat(questions[i].text) for i in mine], **{
             "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "batch": args.batch,
-            "seed": [(args.seed, first + i) for i in mine], "progress": bar.update, **options})
+            "seed": [(args.seed, first + i) for i in mine], "on_end": lambda *_: bar.update(), **options})
     return sum(meet([keep(questions[i], rollout) for i, rollout in zip(mine, rollouts)]), [])
 
 

@@ -362,17 +362,25 @@ class ReSending(Reader):
     """
 
     def feed(self, row, tokens, own=False):
-        if not own and self.cached[row]:
+        if not own and self.texts[row].cached:
+            text = self.texts[row]
             self.drop([row])
-            self.cached[row] = 0
+            self.texts[row], text.cached = text, 0
         super().feed(row, tokens, own)
 
 
 class ReSendingEach(ReSending):
     """And reads it for each roll-out of a question, as a server without a prefix cache does."""
 
-    def share_prompts(self, new):
+    def read_prompts(self, new):
         pass
+
+
+def begun(reader, prompts):
+    """A Reader, with these prompts as its rows."""
+    for row, prompt in enumerate(prompts):
+        reader.begin(row, prompt)
+    return reader
 
 
 def relay_row(bench):
@@ -391,7 +399,7 @@ def relay_row(bench):
 
         def play(reader):
             """Seconds of one relay whose LLM is read by this kind of Reader."""
-            engine.Reader = lambda model, prompts: (reader if model is helper else Reader)(model, prompts)
+            engine.Reader = lambda model: (reader if model is helper else Reader)(model)
             start = bench.now()
             out = relay(writer, helper, Numbers(slm.config.vocab_size, asked), prompts, max_new_tokens=budget)
             engine.Reader = Reader
@@ -415,16 +423,16 @@ def handoff(bench):
         for size in bench.size((250, 500, 1000, 2000), (40, 80)):
             generator = torch.Generator().manual_seed(size)
             text = torch.randint(1, llm.config.vocab_size, (size + 20 * 20,), generator=generator).tolist()
-            kept = Reader(llm, [text[:size - 20]])
+            kept = begun(Reader(llm), [text[:size - 20]])
 
             @torch.inference_mode()
             def hand_off():
-                kept.feed(0, text[len(kept.tokens[0]):][:20])
+                kept.feed(0, text[len(kept.texts[0].tokens):][:20])
                 return bench.seconds(lambda: kept.step([0]))
 
             @torch.inference_mode()
             def re_send():
-                return bench.seconds(lambda: Reader(llm, [text[:size]]).step([0]))
+                return bench.seconds(lambda: begun(ReSendingEach(llm), [text[:size]]).step([0]))
 
             kept.step = torch.inference_mode()(kept.step)
             kept.step([0])
@@ -453,7 +461,7 @@ def prompt(bench):
 
     @torch.inference_mode()
     def first_step(name, prompts):
-        reader = last[name] = Reader(model, prompts)
+        reader = last[name] = begun(Reader(model), prompts)
         return bench.seconds(lambda: reader.step(list(range(group))))
 
     mine, rival = bench.turns(lambda: first_step("one", [texts[0]] * group), lambda: first_step("eight", texts))
@@ -487,6 +495,28 @@ def memory(bench):
     bench.add(f"memory of a cache, {rows} rows", torch.float32, f"{most:.2f} MB at most", f"{needed:.2f} MB at most",
               "live rows x longest row")
     bench.notes.append(f"memory: {mean:.2f} times what the live rows need, on average over all steps")
+
+
+def places(bench):
+    """Roll-outs that end at random, more than are decoded at once: beside batches that each run until their last ends.
+    """
+    model, _ = bench.model("toy", torch.float32)
+    prompts, size = bench.prompts(model, None, bench.size(512, 8)), bench.size(64, 2)
+    options = dict(max_new_tokens=bench.size(400, 20), temperature=1.0)
+    seeds, numbers = [(0, i) for i in range(len(prompts))], Numbers(model.config.vocab_size, ends=(1, 2, 3))
+    lengths = []
+
+    def renewed():
+        outs = relay(model, None, numbers, prompts, seed=seeds, batch=size, **options)
+        lengths.append(sum(len(o.tokens) for o in outs))
+
+    def sliced():
+        for i in range(0, len(prompts), size):
+            relay(model, None, numbers, prompts[i:i + size], seed=seeds[i:i + size], **options)
+
+    mine, rival = bench.turns(lambda: bench.seconds(renewed), lambda: bench.seconds(sliced))
+    bench.add(f"{len(prompts)} roll-outs in {size} places", torch.float32, f"{lengths[0] / mine:,.0f} tokens/s",
+              f"{lengths[0] / rival:,.0f} tokens/s", "batch after batch", rival / mine)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -600,7 +630,8 @@ def grpo_row(bench):
 
 
 ROWS = dict(grpo=grpo_row, smollm2=smollm2, ragged=ragged, qwen=qwen, toy=toy, bandwidth=bandwidth, scale=scale,
-            relay=relay_row, handoff=handoff, prompt=prompt, memory=memory, learning=learning, flips=flips)
+            relay=relay_row, handoff=handoff, prompt=prompt, memory=memory, places=places,
+            learning=learning, flips=flips)
 
 
 def main():

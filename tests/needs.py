@@ -5,7 +5,6 @@
 (config.json of each is enough). The settings are the paper's preset, but for the flags below.
 """
 import argparse
-import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,16 +57,17 @@ BANDWIDTH = 1.2e12, 2.2e12       # bytes a second, decoding 32 to 128 rows at 1,
 def hours_needed(slm, llm, args, length, rho, llm_bytes=2):
     """{what: hours} of a whole GRPO run on one GPU, from two Configs: an estimate to plan with, nothing more.
 
-    length: tokens of a mean response (the longest of a batch: args.max_new_tokens). rho: the LLM's share of them. A
-    token costs two operations a parameter (forward), twice that backward; a decoding step reads all weights and all
-    caches once.
+    length: tokens of a mean response (the longest: args.max_new_tokens). rho: the LLM's share of them. A token costs
+    two operations a parameter (forward), twice that backward; a decoding step reads all weights once, and all caches up
+    to the longest row. While rows wait, every place of a batch is taken; the last are written to the longest's end.
     """
     small, large = parameters(slm), parameters(llm)
-    rows, longest = args.questions_per_step * args.group, args.max_new_tokens
-    steps = args.steps * math.ceil(rows / args.batch) * longest             # of decoding, of all of a batch's rows
-    held = min(rows, args.batch) * (args.prompt_tokens + length / 2)        # tokens in the caches, on average
+    rows, places = args.questions_per_step * args.group, min(args.batch, args.questions_per_step * args.group)
+    decoding = lambda rows: rows * length / places + args.max_new_tokens    # steps that write so many responses
+    steps = args.steps * decoding(rows)
+    held = places * (args.prompt_tokens + args.max_new_tokens)              # tokens in the caches, as they are read
     learned = args.steps * rows * (args.prompt_tokens / args.group + length)
-    answers = math.ceil(args.pool * args.filter_samples / args.batch) * longest    # steps of the LLM for the filter
+    answers = decoding(args.pool * args.filter_samples)                     # steps of the LLM for the filter
     slow, fast = BANDWIDTH
     seconds = dict(
         filter=answers * (llm_bytes * large + held * cache_bytes(llm, llm_bytes)) / fast,
