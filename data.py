@@ -11,8 +11,8 @@ Three things stand between a language model and a benchmark:
    few known formats it is, and write that format ourselves. What the user says stays text, also where it spells a
    special token, so that a question cannot end its own turn.
 3. Questions and a grader. Every benchmark has its own layout, and an answer can be written in many ways: 1/2, 0.5,
-   \\frac12, 50\\%. `load_questions` brings the first to one shape, `grade` compares the second by value: it evaluates
-   both sides (a formula, at fixed points), never by running what a model wrote as code.
+   \\frac12, 50\\%. `load_questions` brings the first to one shape, `grade` compares the second by value: by evaluating
+   both sides (a formula at fixed points), never by running what a model wrote as code.
 
 The toy's questions come first: the other chapters train on them. Left out: SentencePiece (none of our families needs
 it), template engines (programs of strangers), and a judge (one more model's opinion).
@@ -56,7 +56,7 @@ COMMON = ("apple bag bell book boot bowl broom cake candle card chair comb cup d
 RARE = ("zither lute sextant quill kimono tuba gong bonsai harp zodiac puzzle mosaic trident sundial monocle goblet "
         "fresco lantern cameo gavel parasol rapier talisman tapestry tiara turban veil violin wig yurt zeppelin "
         "crown").split()
-UNSEEN = {"trident", "gavel", "veil", "yurt"}    # rare things that neither training stage names
+UNSEEN = {"trident", "gavel", "veil", "yurt"}    # rare things that pretraining names, warm-up and GRPO do not
 PEOPLE = "Amy Ann Ben Bob Dan Eva Fay Gus Ian Joe Kim Lea Leo Liz Max Mia Ned Pam Ray Rob Sam Sue Tom Zoe".split()
 
 _facts = random.Random("facts")    # the same for every --seed
@@ -90,7 +90,7 @@ def split_of(text):
 def toy_questions(split, rng, rare=0.5, unseen=True, unreliable=False):
     """An endless stream of toy questions of one split: "train", "held_out" (thresholds, checks on the way) or "eval".
 
-    rare: the share that names a rare thing. unseen=False leaves out the facts that neither training stage may see.
+    rare: the share that names a rare thing. unseen=False leaves out the facts that warm-up and GRPO may not see.
     """
     while True:
         question = toy_question(rng, rng.random() < rare, unreliable)
@@ -125,7 +125,7 @@ BYTE_OF = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerat
 LETTERS = sorted(BYTE_OF, key=BYTE_OF.get)
 
 
-def read_json(path, default=None):
+def read_object(path, default=None):
     """The object in a JSON file of a model directory; `default`, where given, if there is no such file."""
     if default is not None and not path.exists():
         return default
@@ -152,8 +152,8 @@ class Tokenizer:
         self._file = path / "tokenizer.json"
         old = " (a SentencePiece tokenizer.model is not supported)" if (path / "tokenizer.model").exists() else ""
         self._need(self._file.exists(), f"missing; a byte-level BPE tokenizer is needed{old}")
-        spec = read_json(self._file)
-        settings = read_json(path / "tokenizer_config.json", {})
+        spec = read_object(self._file)
+        settings = read_object(path / "tokenizer_config.json", {})
         normalizer = spec.get("normalizer")
         normalizer = normalizer.get("type") if isinstance(normalizer, dict) else normalizer
         self._need(normalizer in (None, "NFC"), f"normalizer {normalizer!r} is not supported (only NFC is)")
@@ -259,7 +259,7 @@ class Tokenizer:
 
         ends = [self._added[end_of_turn]] if end_of_turn in self._added else []
         for file in (path / "generation_config.json", path / "config.json"):
-            named = read_json(file, {}).get("eos_token_id")
+            named = read_object(file, {}).get("eos_token_id")
             for i in named if isinstance(named, list) else [] if named is None else [named]:
                 if type(i) is not int or not 0 <= i < len(self.known) or not self.known[i]:
                     raise ValueError(f"{file}: eos_token_id {str(i)[:20]!r} is not a token of {self._file.name}")

@@ -13,7 +13,7 @@ every row of a batch has its own length and its own number of new tokens. The KV
 row's tokens are read once and stay until the row is done, and the rows of the current batch are brought into its first
 slots, so that attention reads a slice of the cache and copies nothing.
 
-The second half reads and writes model directories in the Hugging Face layout (config.json, model.safetensors). A
+The last part reads and writes model directories in the Hugging Face layout (config.json, model.safetensors). A
 directory from outside is not trusted: there is no pickle, and every size and offset is checked before it is used.
 
 Shapes in this file: B rows, T tokens of a row in this pass, W tokens that a row can see, D = head_dim, V logits.
@@ -43,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 
 X86 = (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"))     # private: another release may not have it
-RECORD = 4      # on a GPU, the how-manieth decoding step is recorded: doing so takes as long as two steps without
+RECORD = 4      # on a GPU: which decoding step of so many rows is recorded; it takes as long as two others
 FAMILIES = ("qwen3", "qwen2", "llama")  # the model_type values of config.json that this transformer covers
 
 
@@ -84,7 +84,7 @@ def rotate(x, cos, sin):
 def rope_frequencies(config):
     """Angle per position for each of the D/2 pairs, (D/2,) float32: theta^(-2i/D) (RoFormer, section 3.2.2).
 
-    Llama 3's scaling divides the frequencies whose wavelength exceeds the old context by `factor`, keeps the fast
+    Llama 3's scaling divides by `factor` the frequencies whose wavelength exceeds the old context, keeps the fast
     ones, and blends between (Llama 3 herd of models, arXiv 2407.21783; constants from the checkpoint's config).
     """
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
@@ -131,7 +131,7 @@ class Layer(nn.Module):
 
     def forward(self, x, cos, sin, past=None, grid=None):
         """x: (B, T, hidden). past: the function that stores this layer's new keys and values and returns all (see
-        Cache.open), or None for whole sequences.
+        Cache.access), or None for whole sequences.
 
         With a Grid, x is (N, hidden), and only attention sees the N tokens as rows.
         """
@@ -152,7 +152,7 @@ class Layer(nn.Module):
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
         q, k = rotate(qk, cos, sin).split((c.heads, c.kv_heads), dim=1)        # one rotation for both: fewer operations
         group = c.heads // c.kv_heads
-        if past is None:
+        if past is None:                       # is_causal wants a key for each query head: here the keys are copied
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
@@ -428,6 +428,7 @@ class Step:
         torch.cuda.current_stream().wait_stream(aside)
 
     def recorded(self, model, B):
+        """hidden() asks this while the step is recorded: nothing to replay yet."""
         return None
 
     def open(self, T, counts):
