@@ -15,7 +15,7 @@ Every method answers the same questions, which no stage of training should have 
     random_router_equal_cost    the same with p = the relay's rho
 
 and, with --all, models that were trained otherwise (VARIANTS below). The relay closes a share p of the gap between
-the two models, and costs 1 - rho / p less than the first router. Accuracies and differences come with a 95% interval:
+the two models, and costs 1 - rho / p less than random_router. Accuracies and differences come with a 95% interval:
 the questions are drawn again, 2,000 times, with replacement, the same for all methods (paired percentile bootstrap);
 repeated answers to one question stay together. All counts are of what ran; only the random routers are computed.
 
@@ -146,7 +146,7 @@ def where_calls_happen(answers, tokenizer):
     """Where in an answer the relay calls, behind which words, and n by kind of question: the ten most frequent."""
     counts = defaultdict(Counter)
     for question, r in answers:
-        for call in r.calls:
+        for call in (call for call in r.calls if call.delivered):
             text = COMMAND.sub(b"", b"".join(tokenizer.token_bytes[t] for t in r.tokens[:call.position]))
             counts["calls in the part of the answer from"][f"{call.position * 10 // len(r.tokens) * 10}%"] += 1
             counts["words before a call"][" ".join(text.decode("utf-8", "replace").split()[-3:])] += 1
@@ -297,7 +297,7 @@ class Table:
         self.rows, self.right, self.pairs = {}, {}, {}         # of each method; right: a share for each question
 
     def ask(self, method, writer, helper=None, questions=None, **options):
-        """A method's row. It goes into the table, but for those of other questions than the table's."""
+        """Ask all questions. Returns the method's row; without `questions` of its own it also goes into the table."""
         args, repeat = self.args, 1 if questions else self.args.repeat
         asked = [q for q in questions or self.questions for _ in range(repeat)]            # one for each answer
         models = self.models.get(writer) or self.load(writer), self.models.get(helper)

@@ -4,12 +4,12 @@ For each question the model writes a group of G relay roll-outs. Each is scored,
 its group (no value network), and the tokens that the SLM sampled become more or less likely:
 
     A = (r - mean of the group) / (std of the group + 1e-6)                        GRPO, arXiv 2402.03300, section 4.1
-    loss = mean over tokens of  max(-A ratio, -A clip(ratio)) + 0.01 k3(policy, warmed-up model)
+    loss = mean over tokens of  max(-A ratio, -A clip(ratio)) + 0.01 KL(policy, warmed-up model)
            (the first term at most -3 A where A < 0, so that one token whose ratio has exploded cannot decide)
 
 What is RelayLLM's own is the reward (arXiv 2601.05167, section 4.2). It asks what the group shows about the question:
-can the SLM do it alone, only with help, or not at all? If it can, not calling pays; if not, calling pays; and each
-token of the LLM costs a little. Tokens that the LLM wrote have no loss: the policy did not sample them.
+can the SLM do it alone, only with help, or not at all? If it can, not calling pays; if not, calling pays; in a right
+answer each token of the LLM costs. Tokens that the LLM wrote have no loss: the policy did not sample them.
 
 Left out: a value network (the group's mean is the baseline), a reference that is renewed on the way (the warmed-up
 model is what must not be lost), a server for sampling (one process holds both models: no weights need to travel).
@@ -59,7 +59,7 @@ def rewards(correct, called, rho, solo=1.5):
 def advantages(rewards, scale=True):
     """(r - mean) / (std + 1e-6) over each group, the last axis (GRPO, arXiv 2402.03300, section 4.1; unbiased std).
 
-    Equal rewards give exactly 0: compared, since the std of equal float32 numbers need not come out as 0.
+    Equal rewards give exactly 0: they are looked for, since the std of equal float32 numbers need not be 0.
     scale=False leaves out the division (Dr. GRPO, arXiv 2503.20783).
     """
     equal = (rewards == rewards[..., :1]).all(dim=-1, keepdim=True)
@@ -224,8 +224,8 @@ def filter_questions(questions, llm, tokenizer, args, file):
 # What the presets differ in. The toy samples at 0.7: at 1.0 it may learn to call always (README.md, "What failed on the
 # way"). Not flags: `ramp` (steps over which the learning rate rises, before it falls to 0), and `skip_equal` (groups of
 # equal rewards are left out of the update: it saves time, and the mean and the KL are then over the others).
-# PAPER is from the paper or its code, but for micro_tokens, checkpointing and eval_every; and so are the other flags'
-# defaults, and `solo` and `dual` above.
+# PAPER, the other flags' defaults, and `solo` and `dual` above are from the paper or its code; but micro_tokens,
+# checkpointing and eval_every are ours.
 TOY = dict(temperature=0.7, max_new_tokens=96, steps=60, questions_per_step=16, group=16, lr=1e-3, updates=1,
            pool=640, filter_samples=2, ramp=20, skip_equal=True, micro_tokens=3000, checkpointing=False, eval_every=20)
 PAPER = dict(temperature=1.0, max_new_tokens=8192, steps=100, questions_per_step=128, group=8, lr=1e-6, updates=4,
@@ -318,7 +318,7 @@ def save_checkpoint(out, history, policy, optimizer, source, settings):
 
 
 def delete_checkpoints(out, but=None):
-    """Delete all checkpoints, or those before the last one."""
+    """Delete all checkpoints, or all but one."""
     if not but:
         (out / "checkpoint.json").unlink(missing_ok=True)
     for folder in {*out.glob("checkpoint-*")} - {but}:
@@ -368,7 +368,7 @@ def watch(history):
     if mean("call_rate") < 0.005:
         return "warning: the model has stopped calling; the warm-up was too weak, or it guesses too well"
     if mean("call_rate") > 0.95 and mean("student_solvable") < 0.1:
-        return "warning: nearly every answer calls; hardly a group shows what the model can do alone, to teach it not to"
+        return "warning: nearly every answer calls; hardly a group shows what the model can do alone"
     if mean("rho") > 0.5:
         return "warning: the LLM writes more than half of the tokens; the model has collapsed into long calls"
     if mean("length") > 1.3 * history[0]["length"]:
@@ -376,20 +376,20 @@ def watch(history):
     return None
 
 
-def train(history, questions, held_out, policy, reference, llm, tokenizer, optimizer, asked, keep, log, args):
+def train(history, questions, held_out, policy, reference, llm, tokenizer, optimizer, signals, keep, log, args):
     """Steps until args.steps are done or a signal asks to stop. The metrics of each are appended to `history`.
 
-    asked: a list that a signal makes longer. log(metrics) writes a step's line; keep() writes a checkpoint.
+    signals: a list that a signal makes longer. log(metrics) writes a step's line; keep() writes a checkpoint.
     """
     known, told = torch.tensor(tokenizer.known, device=policy.embed.weight.device), None
     stream = itertools.islice(endless(questions, args.seed), len(history) * args.questions_per_step, None)
     bar = progress_bar(total=args.steps, initial=len(history), desc="GRPO", unit="step")
 
     def stop_sampling(*_):                     # at once; but several processes must agree on the step to stop after
-        if asked and world()[1] == 1:
+        if signals and world()[1] == 1:
             raise KeyboardInterrupt
 
-    while len(history) < args.steps and not add_up(len(asked)):
+    while len(history) < args.steps and not add_up(len(signals)):
         step, lr = len(history) + 1, args.lr   # constant, as in the paper
         if args.ramp:                          # the toy's rises, so that the first batches do not decide all, and falls
             lr = args.lr * min(1.0, step / args.ramp) * (1 - (step - 1) / args.steps)
@@ -469,10 +469,10 @@ def main():
     if first:                                  # the steps after these are done again
         lines = "".join(json.dumps(metrics) + "\n" for metrics in history)
         write_beside(out / "metrics.jsonl", lambda file: file.write(lines.encode()))
-    asked = []
-    hear_signals(lambda *_: asked.append(True))
+    signals = []
+    hear_signals(lambda *_: signals.append(True))
     train(history, questions, held_out, policy, reference, None if args.no_teacher else llm, tokenizer, optimizer,
-          asked, keep, log, args)
+          signals, keep, log, args)
     if len(history) < args.steps:
         if len(history) > len(last_checkpoint(out, chosen)[0]):    # one that is there is not endangered
             keep()

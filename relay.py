@@ -4,7 +4,7 @@ The SLM writes. When its text contains the command <call>n</call>, the LLM write
 and the SLM goes on from there (RelayLLM, arXiv 2601.05167, section 3). There is no router: the SLM decides.
 
     SLM's context:  prompt  ... One costs<call>1</call> 26 coins. So 3 cost ...
-    LLM's context:  prompt  ... One costs               26       (its own 26 it reads only when it is called again)
+    LLM's context:  prompt  ... One costs               26 coins. So 3 cost ...   (from 26 on: read at the next call)
 
 Three rules make it exact and cheap.
   1. A model reads each token once. For every row it has a KV cache and a list of tokens that it has still to read; one
@@ -96,7 +96,7 @@ def log_softmax(logits, known, temperature=1.0):
     sampler and the learner both call this: their log-probabilities agree because they are the same function.
     """
     logits = logits[..., :len(known)]
-    if known.is_cuda or not known.all():                # to look whether all are would be to wait for the GPU
+    if known.is_cuda or not known.all():                # on a GPU known.all() would wait for it
         logits = logits.masked_fill(~known, -torch.inf)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return torch.log_softmax(logits / temperature if temperature not in (0, 1) else logits, dim=-1)
@@ -188,7 +188,7 @@ class Reader:
                 self.texts[row].cached = self.texts[row].copied = len(prompt) - 1
 
     def read(self, goal, last=False):
-        """Read up to goal[row] tokens of each row: a chunk at a time of those with more, then the rest of all at once.
+        """Read each row up to goal[row] tokens: long rows a chunk at a time, then the rest of all rows at once.
 
         Returns the rows in cache order and what the last pass gave: hidden states, or logits (B, V) with last=True.
         """
@@ -246,7 +246,7 @@ def begun(tail):
 
 
 def completing(tokenizer, device):
-    """(len(OPEN), N) bool, for no_calls=True: row n says which ids complete an opening of which n bytes stand there."""
+    """(len(OPEN), N) bool, for no_calls=True: row n marks the ids that complete OPEN behind its first n bytes."""
     return torch.tensor([[OPEN in OPEN[:n] + piece for piece in tokenizer.token_bytes] for n in range(len(OPEN))],
                         device=device)
 
@@ -350,8 +350,8 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
     rows = {}                                              # index -> Row, of those that are live
 
     def draw(reader, turn, temperature, top_p=1.0, banned=None):
-        """One step of a model for the rows whose turn it is: them in cache order, log-probabilities (B, N), sampled ids
-        and their log-probabilities, as lists."""
+        """One step of a model for the rows whose turn it is. Returns them in cache order, log-probabilities (B, N), and
+        as lists the sampled ids and their log-probabilities."""
         order, logits = reader.step(turn)
         logprobs = log_softmax(logits, known, temperature)
         if banned is not None:

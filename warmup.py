@@ -148,8 +148,8 @@ def write_answers(slm, llm, tokenizer, questions, args, label, keep=lambda quest
                   **options):
     """relay() over questions with the script's settings and a progress bar; each process writes its share.
 
-    Returns what keep(question, rollout) makes of each, which is all that is sent to the other processes. first: the
-    number that the first question draws its random numbers by.
+    Returns what keep(question, rollout) makes of each; only that is sent to the other processes. Question i draws its
+    random numbers by the seed (args.seed, first + i).
     """
     (rank, size), n = world(), len(questions)
     mine = range(rank * n // size, (rank + 1) * n // size)
@@ -275,9 +275,9 @@ def adamw(model, lr):
 
 
 def apply_gradient(model, optimizer, lr):
-    """Add up the processes' gradients, clip to norm 1, take one step; none where the norm is not finite.
+    """Add up the processes' gradients (each loss is divided by the tokens of all), clip to norm 1, take one step.
 
-    Returns the norm before the clip.
+    No step where the norm is not finite. Returns the norm before the clip.
     """
     if world()[1] > 1:
         for p in model.parameters():           # a process without a token to learn has no gradient of its own
@@ -383,8 +383,8 @@ def insert_commands(tokens, tokenizer, rng, max_n):
     """Zero to three commands at distinct random gaps of an answer (RelayLLM, section 4.1). Returns the new ids.
 
     A gap is before a token: the first before the answer, the last before its end of text. Behind an answer that the
-    limit cut is none: nothing would be left to ask for.
-    n = min(d * 10^k, tokens left): d uniform in 1..9, k in 0..3, or less for a smaller max_n.
+    budget cut is none: nothing would be left to ask for.
+    n = min(d * 10^k, tokens behind the gap): d uniform in 1..9, k in 0..3, or less for a smaller max_n.
     """
     out, powers = list(tokens), len(str(max_n))
     for gap in sorted(rng.sample(range(len(tokens)), min(rng.randint(0, 3), len(tokens))), reverse=True):
