@@ -17,8 +17,9 @@ Three rules make it exact and cheap.
      a roll-out is the same alone and in any batch (in float32, rounding may decide a near-tie otherwise).
 
 Turns alternate for the whole batch: the SLM runs until every row waits or has ended, then the LLM serves all waiting
-rows as one batch, because its steps are the expensive ones. Where rows have ended, the next ones take their places
-(continuous batching). Whatever a model writes is data; nothing here raises on it.
+rows as one batch, because its steps are the expensive ones. Of more rows than there are places, the next take those of
+rows that have ended (continuous batching), and the LLM's turn comes when most rows wait. Whatever a model writes is
+data; nothing here raises on it.
 
 Left out: both models at work at the same time (the LLM's batches would be smaller, and a roll-out would depend on the
 clock), and an LLM behind a server (what it would have to offer is what Reader does).
@@ -35,9 +36,10 @@ import signal
 import sys
 import tempfile
 import time
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -321,33 +323,28 @@ def relay(slm, llm, tokenizer, prompts, *, max_new_tokens, temperature=0.7, seed
         if not 0 < len(prompt) < context:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens; the context holds 1 to {context - 1}: "
                              f"{tokenizer.decode(prompt)[:80]!r} ...")
-    rollouts, packed = [None] * len(prompts), prepack(slm)
-
-    def end(row, rollout):
-        rollouts[row] = rollout
-        if on_end:
-            on_end(row, rollout)
-
+    coming = deque((i, p, min(max_new_tokens, context - len(p)), s) for i, (p, s) in enumerate(zip(prompts, seeds)))
+    ignore, packed = lambda *what: None, prepack(slm)
     try:
-        coming = enumerate(Row(p, min(max_new_tokens, context - len(p)), s) for p, s in zip(prompts, seeds))
-        relay_rows(slm, llm, tokenizer, coming, batch or len(prompts), on_token or (lambda *token: None), end,
-                   temperature, llm_temperature, top_p, fixed, router, no_calls)
+        done = relay_rows(slm, llm, tokenizer, coming, batch or len(prompts), on_token or ignore, on_end or ignore,
+                          temperature, llm_temperature, top_p, fixed, router, no_calls)
     finally:
         forget(packed)
-    return rollouts
+    return [done[i] for i in range(len(prompts))]
 
 
 def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperature, llm_temperature, top_p, fixed,
                router, no_calls):
-    """Write the responses of all rows, turn by turn, `places` of them at once. coming: iterator of (index, Row).
+    """Write the responses of all rows, turn by turn, `places` of them at once. Returns {index: Rollout}.
 
-    Without an LLM nobody ever waits: the SLM's first turn lasts until all rows have ended.
+    coming: (index, prompt, budget, seed) of each row. Without an LLM nobody ever waits: the SLM has one turn, to the
+    end.
     """
     known = torch.tensor(tokenizer.known, device=slm.embed.weight.device)
     banned = completing(tokenizer, known.device) if no_calls else None
     slm_reader, llm_reader = Reader(slm), Reader(llm) if llm is not None else None
     readers = [slm_reader, llm_reader] if llm_reader else [slm_reader]
-    rows = {}                                              # index -> Row, of those that are live
+    rows, done = {}, {}                                    # index -> Row, of those that have a place; -> Rollout
 
     def draw(reader, turn, temperature, top_p=1.0, banned=None):
         """One step of a model for the rows whose turn it is. Returns them in cache order, log-probabilities (B, N), and
@@ -372,20 +369,22 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
             for r in ended:
                 cost = sum((reader.cost(r) for reader in readers), ()) + (0, 0)
                 rows[r].out.cost = dict(zip(("slm_prefill", "slm_decode", "llm_prefill", "llm_decode"), cost))
-                on_end(r, rows.pop(r).out)
+                done[r] = rows.pop(r).out
+                on_end(r, done[r])
             for reader in readers:
                 reader.drop(ended)
-        free = places - len(rows)
-        came = dict(islice(coming, free if free >= places / 8 else 0))
-        for r, row in came.items():
+        free, came = places - len(rows), []
+        while coming and len(came) < free >= places / 8:
+            r, prompt, budget, seed = coming.popleft()
+            rows[r] = Row(prompt, budget, seed)
             for reader in readers:
-                reader.begin(r, row.out.prompt)
-        rows.update(came)
-        return list(came)
+                reader.begin(r, prompt)
+            came.append(r)
+        return came
 
     renew()
     while rows:
-        turn = list(rows)                                  # the SLM writes until every row waits for the LLM
+        turn = list(rows)                                  # the SLM writes until every row waits for the LLM,
         while turn:
             order, logprobs, ids, chosen = draw(slm_reader, turn, temperature, top_p, banned)
             unsure = (entropy(logprobs) > router[0]).tolist() if router and llm_reader else [False] * len(order)
@@ -402,11 +401,13 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
                     row.call(n, n if fixed is None else fixed)
             came = renew()
             turn = [r for r in order if r in rows and not rows[r].owed] + came
+            if coming and 2 * len(turn) < len(rows):       # or until most wait, and keep the next ones out
+                break
 
-        for r, row in rows.items():                        # what of each row the LLM has not been fed
-            new = row.out.tokens[row.since:]
+        turn = [r for r in rows if rows[r].owed]           # the LLM serves all that wait as one batch
+        for r in turn:
+            new = rows[r].out.tokens[rows[r].since:]       # what it has not been fed
             llm_reader.feed(r, new if router else without_commands(new, tokenizer))   # a router's commands are text
-        turn = list(rows)                                  # the LLM serves them all as one batch
         while turn:
             order, logprobs, ids, _ = draw(llm_reader, turn, llm_temperature)
             sure = (entropy(logprobs) < router[1]).tolist() if router else [False] * len(order)
@@ -420,6 +421,7 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
                     row.owed = 0
             renew()                                        # who comes now waits for the SLM's turn
             turn = [r for r in order if r in rows and rows[r].owed]
+    return done
 
 
 def plain_text(rollout, tokenizer):

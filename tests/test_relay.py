@@ -345,6 +345,17 @@ def test_all_waiting_rows_are_served_as_one_batch():
     assert sizes == [5, 5, 5]
 
 
+def test_where_more_rows_are_to_come_the_llm_serves_when_most_wait():
+    """Rows that wait keep places: in the end one row alone would be decoded, and the others wait for its call."""
+    tokenizer, sizes = ByteTokenizer(), []
+    slm = Scripted(tokenizer, *[list(b"a<call>1</call>b") if i % 2 else list(b"a" * 20) for i in range(40)])
+    llm = Scripted(tokenizer, list(b"X"))
+    slm.register_forward_hook(lambda model, args, out: sizes.append(len(args[0])))
+    outs = relay(slm, llm, tokenizer, [list(PROMPT) + [i] for i in range(40)], max_new_tokens=60, batch=8)
+    assert [len(o.calls) for o in outs] == [0, 1] * 20
+    assert min(sizes[:-40]) >= 4 and max(sizes) == 8
+
+
 def test_where_a_row_has_ended_another_takes_its_place():
     """Batch after batch, the short answers of a batch wait for its longest one: 52 steps instead of 36."""
     tokenizer, sizes = ByteTokenizer(), []
