@@ -205,11 +205,11 @@ def plot(rows, sweep, metrics, path):
     for (name, row), mark in zip(rows.items(), itertools.cycle("os^vDP*Xp<>hd")):
         if not name.startswith("random"):
             at, bar = (max(row["rho"], 1e-4), row["accuracy"]), np.abs(np.subtract(row["ci95"], row["accuracy"]))
-            big = dict(markersize=16, markeredgecolor="black", zorder=9) if name == "relay" else {}   # others lie below
-            top.errorbar(*at, yerr=bar[:, None], fmt=mark, capsize=3, label=name, **big)
+            style = dict(fmt="*", ms=18, mec="black", zorder=9) if name == "relay" else dict(fmt=mark)      # on top
+            top.errorbar(*at, yerr=bar[:, None], capsize=3, label=name, **style)
             if name in ("slm", "relay", "llm"):
                 top.annotate(f"{name} {row['accuracy']:.1%}", at, (12, -14), textcoords="offset points")
-    top.set(xscale="log", xlabel="share of tokens by the LLM (none: at the left edge)", ylabel="accuracy")
+    top.set(xscale="log", xlim=(6e-5, 4), xlabel="share of tokens by the LLM (none: at the left)", ylabel="accuracy")
     top.legend(fontsize=8, ncols=2)
     for axes, key in zip(curves, ("accuracy", "rho", "length")):
         axes.plot([m["step"] for m in metrics], [m[key] for m in metrics])
