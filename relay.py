@@ -447,15 +447,14 @@ def figures(right, rollouts):
 
     right: is it right?, for each answer. A call is a command to which the LLM delivered at least one token.
     """
-    n, tokens, by_llm = len(rollouts), sum(len(r.tokens) for r in rollouts), sum(sum(r.by_llm) for r in rollouts)
-    calls = [[c.asked for c in r.calls if c.delivered] for r in rollouts]
-    called = [hit for hit, asked in zip(right, calls) if asked]                    # right ones and wrong ones
-    alone = [hit for hit, asked in zip(right, calls) if not asked]
-    asked = sum(calls, [])
-    return dict(accuracy=(sum(right), n), accuracy_called=(sum(called), len(called)),
-                accuracy_alone=(sum(alone), len(alone)), call_rate=(len(called), n), calls=(len(asked), n),
-                asked=(sum(asked), len(asked)), rho=(by_llm, tokens), llm_tokens=(by_llm, n), length=(tokens, n),
-                cut=(sum(r.end == "length" for r in rollouts), n))
+    asked = [[call.asked for call in r.calls if call.delivered] for r in rollouts]
+    values = dict(
+        accuracy=right, accuracy_called=[hit for hit, n in zip(right, asked) if n],
+        accuracy_alone=[hit for hit, n in zip(right, asked) if not n],
+        call_rate=[bool(n) for n in asked], calls=[len(n) for n in asked], asked=sum(asked, []),
+        rho=[by_llm for r in rollouts for by_llm in r.by_llm], llm_tokens=[sum(r.by_llm) for r in rollouts],
+        length=[len(r.tokens) for r in rollouts], cut=[r.end == "length" for r in rollouts])
+    return {name: (sum(each), len(each)) for name, each in values.items()}
 
 
 def means(sums):
