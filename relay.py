@@ -618,16 +618,15 @@ def machine(args, toy=False):
 
 def load_pair(slm_path, llm_path, device, slm_dtype, llm_dtype):
     """(SLM, LLM, their tokenizer). A pair that does not read the same tokens is refused."""
-    for path in (slm_path, llm_path):
-        read_config(path)                                            # before the tokenizer: it names the model type
+    configs = {path: read_config(path) for path in (slm_path, llm_path)}    # first of all: it names the model type
     tokenizer, other = Tokenizer(slm_path), Tokenizer(llm_path)
     if difference := tokenizer.difference(other):
         raise ValueError(f"{slm_path} and {llm_path} do not have the same tokenizer: {difference}")
     tokenizer.end_ids |= other.end_ids                               # what ends a text of either ends it
+    for path, config in configs.items():
+        if config.vocab_size < len(tokenizer.known):
+            raise ValueError(f"{path}: {config.vocab_size} embeddings for {len(tokenizer.known)} token ids")
     slm, llm = load(slm_path, device, slm_dtype), load(llm_path, device, llm_dtype)
-    for path, model in ((slm_path, slm), (llm_path, llm)):
-        if model.config.vocab_size < len(tokenizer.known):
-            raise ValueError(f"{path}: {model.config.vocab_size} embeddings for {len(tokenizer.known)} token ids")
     prepack(llm, free=True)
     return slm, llm, tokenizer
 
