@@ -575,9 +575,7 @@ class Run:
 
     def finish(self, stage, settings):
         """Note in run.json that this stage is there, made with these settings."""
-        if self.file.exists():                            # another script may have finished a stage meanwhile
-            self.info["stages"] = read_json(self.file)["stages"]
-        self.info["stages"][stage] = settings
+        self.info["stages"] = Run(self.path).info["stages"] | {stage: settings}     # others may have finished since
         write_json(self.file, self.info)
 
     @property
