@@ -693,12 +693,23 @@ TOY = dict(temperature=0.7, max_new_tokens=96)
 REAL = dict(temperature=0.7, max_new_tokens=2048)
 
 
-def piped(wait):
-    """The text on standard input, "" if none is piped in. wait=False: only if it is there already."""
-    with suppress(OSError):                    # Windows, where one cannot look without waiting
-        if sys.stdin and not sys.stdin.isatty() and (wait or select.select([sys.stdin], [], [], 0)[0]):
-            return sys.stdin.read().strip()
-    return ""
+def questions(args, toy):
+    """The questions to show, one by one."""
+    if args.interactive:
+        with suppress(EOFError):                                     # the end of what is typed
+            while True:
+                yield input("question> " if sys.stdin.isatty() else "").strip()
+    elif args.questions:
+        for question in load_questions(args.questions, args.limit):
+            yield question.text.removesuffix(f"\n{INSTRUCTION}")
+    elif args.question is not None:
+        yield args.question
+    else:
+        piped, own = "", next(toy_questions("eval", random.Random(args.seed), rare=1.0)).text if toy else ""
+        with suppress(OSError):                                      # Windows, where one cannot look without waiting
+            if sys.stdin and not sys.stdin.isatty() and (not own or select.select([sys.stdin], [], [], 0)[0]):
+                piped = sys.stdin.read().strip()                     # who has a question does not wait for another
+        yield piped or own
 
 
 def main():
@@ -724,28 +735,17 @@ def main():
     slm, llm, tokenizer = load_pair(args.slm or run.path / trained, args.llm or run.directory("llm"), device, dtype,
                                     dtype)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    if args.interactive:
-        questions = iter(lambda: input("question> " if sys.stdin.isatty() else "").strip(), None)
-    elif args.questions:
-        questions = [q.text.removesuffix(f"\n{INSTRUCTION}") for q in load_questions(args.questions, args.limit)]
-    elif args.question is not None:
-        questions = [args.question]
-    else:
-        questions = [piped(wait=not toy)]
-        if toy and not questions[0]:
-            questions = [next(toy_questions("eval", random.Random(args.seed), rare=1.0)).text]
-    with suppress(EOFError):                                         # the end of what is typed
-        for text in questions:
-            try:
-                if not text.strip():
-                    raise ValueError("the question is empty; give one as an argument, or pipe it in")
-                if not args.interactive or not sys.stdin.isatty():   # else it has just been typed
-                    print(text)
-                show(text if toy else f"{text}\n{INSTRUCTION}", slm, llm, tokenizer, args, colour)
-            except (ValueError, KeyboardInterrupt) as error:
-                if not args.interactive:                             # where the next question may be fine
-                    raise
-                print(error)
+    for text in questions(args, toy):
+        try:
+            if not text.strip():
+                raise ValueError("the question is empty; give one as an argument, or pipe it in")
+            if not args.interactive or not sys.stdin.isatty():       # else it has just been typed
+                print(text)
+            show(text if toy else f"{text}\n{INSTRUCTION}", slm, llm, tokenizer, args, colour)
+        except (ValueError, KeyboardInterrupt) as error:
+            if not args.interactive:                                 # where the next question may be fine
+                raise
+            print(error)
 
 
 if __name__ == "__main__":
