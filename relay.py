@@ -152,7 +152,6 @@ class Reader:
     def __init__(self, model):
         self.model, self.cache = model, Cache(model)
         self.texts = {}     # row -> Text
-        self.holder = {}    # prompt -> a row whose cache holds it
 
     def begin(self, row, prompt):
         self.texts[row] = Text(tuple(prompt), list(prompt), [False] * len(prompt))
@@ -179,10 +178,10 @@ class Reader:
         So a question is read once for all its roll-outs. Each row reads the last token itself, because it needs the
         logits after it; and rows that are further on need not be padded to the length of a prompt.
         """
-        readers = [row for row, prompt in new.items() if self.holder.setdefault(prompt, row) == row]
-        if readers:
+        holder = {self.texts[row].prompt: row for row in [*new][::-1] + self.cache.rows}     # else the first of the new
+        if readers := [row for row, prompt in new.items() if holder[prompt] == row]:
             self.read({row: len(new[row]) - 1 for row in readers})
-        for source in {self.holder[prompt] for prompt in new.values()}:
+        for source in {holder[prompt] for prompt in new.values()}:
             prompt = self.texts[source].prompt
             if copies := [row for row in new if new[row] == prompt and row != source]:
                 self.cache.copy(source, copies, len(prompt) - 1)
@@ -214,9 +213,7 @@ class Reader:
     def drop(self, rows):
         """Forget rows that have ended, and give their part of the cache back."""
         for row in rows:
-            prompt = self.texts.pop(row).prompt
-            if self.holder.get(prompt) == row:
-                del self.holder[prompt]
+            del self.texts[row]
         self.cache.drop(rows)
 
 
