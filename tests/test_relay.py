@@ -741,11 +741,11 @@ def test_recorded_decoding_steps_change_nothing(monkeypatch):
     monkeypatch.setattr(model_module, "Step", Unrecorded)
     monkeypatch.setattr(model_module, "RECORD", 1)
     monkeypatch.setattr(Step, "replay", lambda step, tokens: replays.append(len(tokens)) or replay(step, tokens))
-    for block in (1, 3, 16, 100):
+    for block, batch in ((1, 12), (3, 12), (16, 12), (100, 12), (3, 5), (100, 2)):
         monkeypatch.setattr(relay_module, "Cache", lambda model: recording(Cache(model, block=block)))
-        for a, b in zip(want, relay(slm, llm, TOKENIZER, prompts, **options)):
+        for a, b in zip(want, relay(slm, llm, TOKENIZER, prompts, batch=batch, **options)):
             same(a, b)
-            assert a.cost == b.cost
+            assert a.cost == b.cost or batch < 12           # of equal prompts, one that comes late may be read again
     assert len(replays) > 20 and len(set(replays)) > 3
 
 
@@ -762,9 +762,10 @@ def test_on_a_gpu_roll_outs_are_those_of_the_cpu(families):
     prompts = questions(20) + questions(6) + [prompt * 8 for prompt in questions(6)]   # beyond a block of a GPU's cache
     options = dict(max_new_tokens=300, temperature=1.0, seed=8)
     want = relay(slm, llm, TOKENIZER, prompts, **options)
-    for a, b in zip(want, relay(slm.cuda(), llm.cuda(), TOKENIZER, prompts, **options)):
-        assert facts(a) == facts(b) and a.cost == b.cost
-        assert np.allclose(a.logprobs, b.logprobs, atol=1e-6, rtol=0)      # angles of rotation are in float32
+    for batch in (len(prompts), 7):
+        for a, b in zip(want, relay(slm.cuda(), llm.cuda(), TOKENIZER, prompts, batch=batch, **options)):
+            assert facts(a) == facts(b) and (a.cost == b.cost or batch == 7)
+            assert np.allclose(a.logprobs, b.logprobs, atol=1e-6, rtol=0)      # angles of rotation are in float32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
