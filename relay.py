@@ -493,7 +493,7 @@ def at_least_zero(kind):
 
 def parser(description, example):
     """An argument parser with the flags that every script has, spelled once."""
-    p = Parser(usage=f"{example}\n\n{description}", formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(usage=f"{example}\n\n{description}")
     g = p.add_argument_group("what")
     g.add_argument("--run", type=Path, default=Path("runs/toy"), help="where everything of a run lies (runs/toy)")
     g.add_argument("--slm", type=Path, metavar="DIR", help="the small model's directory, instead of the run's own")
