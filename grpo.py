@@ -27,7 +27,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from model import fingerprint, load, read_json, save, write_beside, write_json
+from model import fingerprint, load, need, read_json, save, write_beside, write_json
 from relay import (Run, WrongArguments, at_least_zero, differing, figures, fill_in, graded, is_right, load_pair,
                    machine, means, parser, positive, relay, run_script, show_presets)
 from warmup import (Example, adamw, add_up, apply_gradient, hear_signals, join_processes, machine_arguments, meet,
@@ -281,22 +281,18 @@ def arguments():
                  slm=": what training starts from and stays near (RUN/warmup)")
     args = p.parse_args()
     run = Run(args.run)
-    if not run.has("warmup"):
-        raise ValueError(f"{run.path} holds no warm-up yet; run: python warmup.py --run {run.path}")
+    need(run.has("warmup"), f"{run.path} holds no warm-up yet; run: python warmup.py --run {run.path}")
     fill_in(args, TOY if run.toy else PAPER)
     size = max(args.gpus, world()[1])
     taken = r"slm|llm|warmup|eval|relay|relay_no_teacher|fixed_\d+|token_router|random_router\w*"    # by eval.py, too
-    for wrong, why in (
-            (args.pass_rate > 1, f"--pass-rate {args.pass_rate}: a share, 0 to 1"),
-            (args.group == 1, "--group 1: a roll-out alone has nothing to be compared with"),
-            (not re.fullmatch(r"\w+", args.variant) or re.fullmatch(taken, args.variant, re.I),
-             f"--variant {args.variant}: a name of letters and digits, and none that the run uses otherwise"),
-            (size > 1 and args.batch_scenarios,
-             "--batch-scenarios looks at all roll-outs of a step at once: use one process"),
-            (max(size, args.updates) > args.questions_per_step,
-             f"--questions-per-step {args.questions_per_step}: too few for {size} processes, {args.updates} updates")):
-        if wrong:
-            raise WrongArguments(why)
+    need(args.pass_rate <= 1, f"--pass-rate {args.pass_rate}: a share, 0 to 1", WrongArguments)
+    need(args.group > 1, "--group 1: a roll-out alone has nothing to be compared with", WrongArguments)
+    need(re.fullmatch(r"\w+", args.variant) and not re.fullmatch(taken, args.variant, re.I),
+         f"--variant {args.variant}: a name of letters and digits that the run does not use otherwise", WrongArguments)
+    need(size == 1 or not args.batch_scenarios,
+         "--batch-scenarios looks at all roll-outs of a step at once: use one process", WrongArguments)
+    need(args.questions_per_step >= max(size, args.updates), f"--questions-per-step {args.questions_per_step}: too few "
+         f"for {size} processes, {args.updates} updates", WrongArguments)
     return args, run
 
 
@@ -429,8 +425,7 @@ def main():
     args, run = arguments()
     out, source = run.path / args.variant, args.slm or run.path / "warmup"
     if run.has(args.variant):
-        if not args.resume:
-            raise ValueError(f"{out} is there already; choose another --run, or delete it")
+        need(args.resume, f"{out} is there already; choose another --run, or delete it")
         delete_checkpoints(out)                # the run may have been killed between finish() and this
         print(f"{out} is finished; next: python eval.py --run {run.path}")
         return
@@ -438,8 +433,7 @@ def main():
     texts = hashlib.sha256(json.dumps([q.text for q in questions]).encode()).hexdigest()
     chosen = settings(args) | dict(weights_at_start=fingerprint(source)[:12], question_texts=texts[:12])
     history, folder = last_checkpoint(out, chosen)
-    if folder and not args.resume:
-        raise ValueError(f"{out} holds an unfinished training; go on with --resume, or delete it")
+    need(args.resume or not folder, f"{out} holds an unfinished training; go on with --resume, or delete it")
     done = len(history)
     run.open()
     start_processes(args)
@@ -449,15 +443,13 @@ def main():
                                        frozen)
     policy.checkpointing = args.checkpointing
     reference = load(source, device)
-    if policy.config != reference.config:
-        raise ValueError(f"{folder}: its model is not of the shape of {source}")
+    need(policy.config == reference.config, f"{folder}: its model is not of the shape of {source}")
     optimizer = adamw(policy, args.lr)
     if folder:
         load_optimizer(optimizer, folder / "optimizer.pt")
     questions, held_out = (short(some, tokenizer, policy, llm) for some in (questions, held_out))
     questions = filter_questions(questions, llm, tokenizer, args, run.path / "filter.json")
-    if not questions:
-        raise ValueError("the LLM solves none of the questions; give easier ones, or --filter-samples 0")
+    need(questions, "the LLM solves none of the questions; give easier ones, or --filter-samples 0")
     keep = lambda: save_checkpoint(out, history, policy, optimizer, source, chosen)
 
     def log(metrics):

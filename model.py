@@ -476,10 +476,10 @@ def naming(path):
         raise ValueError(f"{path}: malformed ({error!r})") from None
 
 
-def need(fine, fault):
-    """ValueError that says the fault, unless all is fine."""
+def need(fine, fault, error=ValueError):
+    """ValueError (or another) that says the fault, unless all is fine."""
     if not fine:
-        raise ValueError(fault)
+        raise error(fault)
 
 
 def read_json(path):

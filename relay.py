@@ -47,7 +47,7 @@ import numpy as np
 import torch
 
 from data import INSTRUCTION, Tokenizer, grade, load_questions, toy_questions
-from model import Cache, forget, load, prepack, read_config, read_json, write_json
+from model import Cache, forget, load, need, prepack, read_config, read_json, write_json
 
 COMMAND = re.compile(rb"<call>([0-9]{1,9})</call>")   # nine digits at most: the text kept to find one is bounded
 LONGEST = len(b"<call></call>") + 9                   # bytes
@@ -546,8 +546,7 @@ class Run:
     def __init__(self, path):
         self.path, self.file = Path(path), Path(path) / "run.json"
         self.info = read_json(self.file) if self.file.exists() else {"stages": {}}
-        if not isinstance(self.info.get("stages"), dict):
-            raise ValueError(f"{self.file}: not a file of this program (no stages in it)")
+        need(isinstance(self.info.get("stages"), dict), f"{self.file}: not a file of this program (no stages in it)")
 
     def has(self, stage):
         """Is this stage finished, and its model still there (config.json is what save() writes last)?"""
@@ -718,13 +717,11 @@ def main():
     args = p.parse_args()
     run = Run(args.run)
     toy = run.toy and args.slm is None
-    if args.slm is None and not run.has("warmup"):
-        raise ValueError(f"{run.path} holds no trained model; run: python warmup.py --run {run.path}, or give --slm, "
-                         "--llm")
-    if args.slm and not args.llm and not run.info["stages"]:
-        p.error("--slm and --llm go together")
-    if args.question is not None and (args.questions or args.interactive):
-        p.error("a question, --questions and --interactive: only one of them")
+    need(args.slm or run.has("warmup"), f"{run.path} holds no trained model; run: python warmup.py --run {run.path}, "
+         "or give --slm, --llm")
+    need(args.llm or not args.slm or run.info["stages"], "--slm and --llm go together", WrongArguments)
+    need(args.question is None or not (args.questions or args.interactive),
+         "a question, --questions and --interactive: only one of them", WrongArguments)
     fill_in(args, TOY if toy else REAL)
     trained = "grpo" if run.has("grpo") else "warmup"
     args.llm_temperature = run.info["stages"].get("grpo", {}).get("llm_temperature", 0.7)     # as in training
@@ -734,8 +731,7 @@ def main():
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for text in questions(args, toy):
         try:
-            if not text.strip():
-                raise ValueError("the question is empty; give one as an argument, or pipe it in")
+            need(text.strip(), "the question is empty; give one as an argument, or pipe it in")
             if not args.interactive or not sys.stdin.isatty():       # else it has just been typed
                 print(text)
             show(text if toy else f"{text}\n{INSTRUCTION}", slm, llm, tokenizer, args, colour)

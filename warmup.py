@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import Tokenizer, load_questions, save_toy_tokenizer, split_of, toy_questions, with_asides
-from model import Grid, Transformer, parse_config, read_config, save
+from model import Grid, Transformer, need, parse_config, read_config, save
 from relay import (Run, WrongArguments, command, entropy, fill_in, graded, load_pair, log_softmax, machine, parser,
                    positive, relay, run_script, show_presets, small_models)
 
@@ -61,10 +61,9 @@ def start_processes(args):
     n, there = args.gpus, torch.cuda.device_count()
     if n == 1 or "RANK" in os.environ:
         return
-    if args.device == "auto" and 0 < there < n:
-        raise WrongArguments(f"--gpus {n}: this machine has {there}")
-    if args.device not in ("auto", "cpu"):
-        raise WrongArguments(f"--gpus {n} takes CUDA's GPUs in order; leave out --device {args.device}")
+    need(args.device != "auto" or there == 0 or there >= n, f"--gpus {n}: this machine has {there}", WrongArguments)
+    need(args.device in ("auto", "cpu"), f"--gpus {n} takes CUDA's GPUs in order; leave out --device {args.device}",
+         WrongArguments)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     shared = dict(os.environ, WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -166,17 +165,14 @@ def training_questions(args, toy, stage, count, checks):
     They are read before the models, so that a wrong file is found at once.
     """
     rng, count = random.Random(f"{stage} {args.seed}"), min(count, args.limit or count)
-    if args.questions is None and not toy:
-        raise WrongArguments("real models need --questions FILE")
+    need(args.questions or toy, "real models need --questions FILE", WrongArguments)
     if args.questions is None:
         pool, held_out = toy_questions("train", rng, unseen=False), toy_questions("held_out", rng)
     else:
         questions = load_questions(args.questions, args.limit)
         rng.shuffle(questions)
         pool, held_out = ([q for q in questions if (split_of(q.text) == "held_out") == held] for held in (False, True))
-        if not pool:
-            raise ValueError(f"{args.questions}: nothing is left to train on (a tenth is held out by a hash of the "
-                             "text)")
+        need(pool, f"{args.questions}: nothing is left to train on (a tenth is held out by a hash of the text)")
     return list(itertools.islice(pool, count)), list(itertools.islice(held_out, checks))
 
 
@@ -189,8 +185,7 @@ def short(questions, tokenizer, slm, llm):
     kept = [q for q in questions if len(tokenizer.chat(q.text)) <= most]
     if longer := len(questions) - len(kept):
         print(f"left out: {longer} of {len(questions)} questions, whose prompts have over {most} tokens")
-        if not kept:
-            raise ValueError("no question is left; give shorter ones, or models with a longer context")
+        need(kept, "no question is left; give shorter ones, or models with a longer context")
     return kept
 
 
@@ -305,8 +300,7 @@ def supervised_step(model, optimizer, examples, known, lr, most):
         loss += part.item()
     apply_gradient(model, optimizer, lr)
     loss = add_up(loss)
-    if not math.isfinite(loss):
-        raise ValueError("the loss is no longer finite; try a smaller --lr")
+    need(math.isfinite(loss), "the loss is no longer finite; try a smaller --lr")
     return loss
 
 
@@ -435,8 +429,7 @@ def arguments():
     machine_arguments(p)
     show_presets(p, TOY, PAPER, temperature="; of the checks: what is learned from is sampled at 1")
     args = p.parse_args()
-    if (args.slm is None) != (args.llm is None):
-        p.error("--slm and --llm go together")
+    need((args.slm is None) == (args.llm is None), "--slm and --llm go together", WrongArguments)
     args.toy = args.slm is None
     fill_in(args, TOY if args.toy else PAPER)
     return args
