@@ -38,7 +38,7 @@ from contextlib import suppress
 import numpy as np
 
 from data import load_questions, split_of, toy_questions
-from model import fingerprint, load, write_beside, write_json
+from model import fingerprint, load, need, write_beside, write_json
 from relay import (COMMAND, Call, Rollout, Run, WrongArguments, command, figures, fill_in, is_right, load_pair, machine,
                    means, parser, positive, relay, run_script, show_presets)
 from warmup import progress_bar
@@ -251,8 +251,8 @@ def arguments():
     g.add_argument("--html", action="store_true", help="write RUN/eval/index.html: table, picture, roll-outs")
     show_presets(p, TOY, PAPER, temperature="; inside a call the LLM samples as in training")
     args = p.parse_args()
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        p.error("--plot needs matplotlib: pip install matplotlib")
+    need(not args.plot or importlib.util.find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib",
+         WrongArguments)
     return args
 
 
@@ -263,8 +263,7 @@ def fit_questions(args, run, questions):
         return list(itertools.islice(toy_questions("held_out", random.Random("fit")), args.fit))
     reported = {q.text for q in questions}
     found = [q for q in load_questions(file) if split_of(q.text) == "held_out" and q.text not in reported][:args.fit]
-    if not found:
-        raise ValueError(f"{file}: no question is left to fit the token router on; leave it out with --rows")
+    need(found, f"{file}: no question is left to fit the token router on; leave it out with --rows")
     return found
 
 
@@ -273,8 +272,9 @@ def find_variants(args, run, slm):
     """
     there = {name: stage for name, stage in run.info["stages"].items() if run.has(name)
              and name not in ("warmup", "grpo") and not name.startswith("pretrain ")}
-    if unknown := ", ".join(sorted({*args.rows} - {*ROWS, *VARIANTS, *there})):
-        raise WrongArguments(f"--rows {unknown}: no row, and no model that grpo.py --variant put into {run.path}")
+    unknown = ", ".join(sorted({*args.rows} - {*ROWS, *VARIANTS, *there}))
+    need(not unknown, f"--rows {unknown}: no row, and no model that grpo.py --variant put into {run.path}",
+         WrongArguments)
     grpo = run.info["stages"]["grpo"]
     same = f"--seed {grpo['seed']}" + (f" --questions {grpo['questions']}" if "questions" in grpo else "")
     for name, flags in VARIANTS.items():
@@ -335,15 +335,13 @@ class Table:
 def main():
     args = arguments()
     run = Run(args.run)
-    if not run.has("grpo"):
-        raise ValueError(f"{run.path} holds no finished GRPO stage; run: python grpo.py --run {run.path}")
+    need(run.has("grpo"), f"{run.path} holds no finished GRPO stage; run: python grpo.py --run {run.path}")
     toy = run.toy and args.questions is None
-    if not toy and args.questions is None:
-        raise WrongArguments("real models need --questions FILE")
+    need(toy or args.questions, "real models need --questions FILE", WrongArguments)
     fill_in(args, TOY if run.toy else PAPER)
     args.llm_temperature = run.info["stages"]["grpo"]["llm_temperature"]      # inside a call, as in training
-    if args.repeat > 1 and args.temperature == 0:
-        raise WrongArguments(f"--repeat {args.repeat}: at temperature 0 all answers are the same; give --temperature")
+    need(args.repeat == 1 or args.temperature > 0,
+         f"--repeat {args.repeat}: at temperature 0 all answers are the same; give --temperature", WrongArguments)
     if args.questions and str(args.questions) == run.info["stages"]["grpo"].get("questions"):
         print("warning: these are the questions of training")
     device, dtype = machine(args, run.toy)
