@@ -327,8 +327,8 @@ def last_checkpoint(out, settings):
         return [], None
     state = read_json(out / "checkpoint.json")
     there, history = state.get("settings"), state.get("history")
-    if not isinstance(there, dict) or not isinstance(history, list) or not all(isinstance(m, dict) for m in history):
-        raise ValueError(f"{out / 'checkpoint.json'}: not a checkpoint of this program")
+    need(isinstance(there, dict) and isinstance(history, list) and all(isinstance(m, dict) for m in history),
+         f"{out / 'checkpoint.json'}: not a checkpoint of this program")
     if difference := differing(there, settings):
         raise ValueError(f"{out}: its checkpoint was made with {difference}; resume with the same settings, or choose "
                          "another --run")
@@ -410,9 +410,9 @@ def train(history, questions, held_out, policy, reference, llm, tokenizer, optim
             tqdm.write(warning)
             told = warning
         norms = [m["grad_norm"] for m in history if m["skipped"] or m["grad_norm"] is not None]   # of what was learned
-        if norms[-5:] == [None] * 5:           # the policy is that of the last step that was taken
-            raise ValueError("5 steps in a row had no finite gradient; what was saved before is kept, and --resume "
-                             "goes on from there; try a smaller --lr in a new run")
+        need(norms[-5:] != [None] * 5,         # the policy is that of the last step that was taken
+             "5 steps in a row had no finite gradient; what was saved before is kept, and --resume goes on from there; "
+             "try a smaller --lr in a new run")
         if step % args.save_every == 0 and step < args.steps:
             keep()
     bar.close()

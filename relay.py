@@ -312,9 +312,9 @@ def relay(slm, llm, tokenizer, prompts, *, max_new_tokens, temperature=0.7, seed
     by_llm) sees tokens as they are written, on_end(row, rollout) roll-outs as they end.
     """
     seeds = [(seed, i) for i in range(len(prompts))] if isinstance(seed, (int, np.integer)) else list(seed)
-    if len(seeds) != len(prompts) or not 0 < top_p <= 1 or max_new_tokens < 1:
-        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts (one each), top_p {top_p} (above 0, to 1), "
-                         f"max_new_tokens {max_new_tokens} (at least 1)")
+    need(len(seeds) == len(prompts) and 0 < top_p <= 1 and max_new_tokens >= 1,
+         f"{len(seeds)} seeds for {len(prompts)} prompts (one each), top_p {top_p} (above 0, to 1), max_new_tokens "
+         f"{max_new_tokens} (at least 1)")
     context = min(model.config.context for model in (slm, llm) if model is not None)
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) < context:
@@ -342,10 +342,10 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
     slm_reader, llm_reader = Reader(slm), Reader(llm) if llm is not None else None
     readers = [slm_reader, llm_reader] if llm_reader else [slm_reader]
     rows, done = {}, {}                                    # index -> Row, of those that have a place; -> Rollout
+    high, low = router or (math.inf, -math.inf)
 
     def draw(reader, turn, temperature, top_p=1.0, banned=None):
-        """One step of a model for the rows whose turn it is. Returns them in cache order, log-probabilities (B, N), and
-        as lists the sampled ids and their log-probabilities."""
+        """One step of a model for these rows: [(row, sampled id, its log-probability, entropy if a router asks)]."""
         order, logits = reader.step(turn)
         logprobs = log_softmax(logits, known, temperature)
         if banned is not None:
@@ -353,9 +353,10 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
             logprobs = torch.log_softmax(logprobs.masked_fill(opening, -torch.inf), dim=-1)
         ids = sample(logprobs, [rows[r].uniforms.item(len(rows[r].out.tokens)) for r in order], temperature, top_p)
         chosen = logprobs.gather(-1, ids[:, None].to(logprobs.device))[:, 0].tolist()
-        if any(map(math.isnan, chosen)):                   # then all of the row is: nothing could be sampled from it
-            raise ValueError("a model's logits are not finite at this --temperature and --dtype (float16 overflows)")
-        return order, logprobs, ids.tolist(), chosen
+        need(not any(map(math.isnan, chosen)),             # where one is, all of its row are: nothing could be sampled
+             "a model's logits are not finite at this --temperature and --dtype (float16 overflows)")
+        doubts = entropy(logprobs).tolist() if router else [0.0] * len(order)
+        return list(zip(order, ids.tolist(), chosen, doubts))
 
     def renew():
         """Take the rows that have ended out, and let others in. Returns those that came.
@@ -383,11 +384,10 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
     while rows:
         turn = list(rows)                                  # the SLM writes until every row waits for the LLM,
         while turn:
-            order, logprobs, ids, chosen = draw(slm_reader, turn, temperature, top_p, banned)
-            unsure = (entropy(logprobs) > router[0]).tolist() if router and llm_reader else [False] * len(order)
-            for r, token, logprob, discard in zip(order, ids, chosen, unsure):
+            drawn = draw(slm_reader, turn, temperature, top_p, banned)
+            for r, token, logprob, doubt in drawn:
                 row = rows[r]
-                if discard:
+                if doubt > high and llm_reader:            # what it drew is not written
                     row.call(row.left, row.left)           # until the LLM is sure, below
                     continue
                 row.append(token, False, logprob, tokenizer.end_ids)
@@ -397,7 +397,7 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
                 if n is not None and llm_reader and not router and not row.out.end:
                     row.call(n, n if fixed is None else fixed)
             came = renew()
-            turn = [r for r in order if r in rows and not rows[r].owed] + came
+            turn = [r for r, *_ in drawn if r in rows and not rows[r].owed] + came
             if coming and 2 * len(turn) < len(rows):       # or until most wait, and keep the next ones out
                 break
 
@@ -406,18 +406,17 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
             new = rows[r].out.tokens[rows[r].since:]       # what it has not been fed
             llm_reader.feed(r, new if router else without_commands(new, tokenizer))   # a router's commands are text
         while turn:
-            order, logprobs, ids, _ = draw(llm_reader, turn, llm_temperature)
-            sure = (entropy(logprobs) < router[1]).tolist() if router else [False] * len(order)
-            for r, token, stop in zip(order, ids, sure):
+            drawn = draw(llm_reader, turn, llm_temperature)
+            for r, token, _, doubt in drawn:
                 row = rows[r]
                 row.append(token, True, 0.0, tokenizer.end_ids)
                 llm_reader.feed(r, [token], own=True)
                 slm_reader.feed(r, [token])
                 on_token(r, token, True)
-                if stop:
+                if doubt < low:
                     row.owed = 0
             renew()                                        # who comes now waits for the SLM's turn
-            turn = [r for r in order if r in rows and rows[r].owed]
+            turn = [r for r, *_ in drawn if r in rows and rows[r].owed]
     return done
 
 
@@ -618,8 +617,8 @@ def load_pair(slm_path, llm_path, device, slm_dtype, llm_dtype):
         raise ValueError(f"{slm_path} and {llm_path} do not have the same tokenizer: {difference}")
     tokenizer.end_ids |= other.end_ids                               # what ends a text of either ends it
     for path, config in configs.items():
-        if config.vocab_size < len(tokenizer.known):
-            raise ValueError(f"{path}: {config.vocab_size} embeddings for {len(tokenizer.known)} token ids")
+        need(config.vocab_size >= len(tokenizer.known),
+             f"{path}: {config.vocab_size} embeddings for {len(tokenizer.known)} token ids")
     slm, llm = load(slm_path, device, slm_dtype), load(llm_path, device, llm_dtype)
     prepack(llm, free=True)
     return slm, llm, tokenizer
