@@ -363,7 +363,7 @@ def pretrain_pair(run, args):
             save_toy_tokenizer(run.path / name)
             jobs.append((name, run.path / name, steps, args.seed))
     try:
-        torch.multiprocessing.spawn(pretrain, (jobs,), nprocs=len(jobs))    # if one fails, both end
+        torch.multiprocessing.spawn(pretrain, (jobs,), len(jobs), daemon=True)     # if one fails, or this one, all end
     except (torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException) as error:
         raise ValueError(f"pretraining the toy pair failed: {str(error).splitlines()[-1]}") from None
     for name, _, steps, seed in jobs:

@@ -265,6 +265,20 @@ def test_an_evaluation_may_have_some_rows_only(monkeypatch, capsys, run, tmp_pat
     assert methods == ["slm", "warmup", "relay", "llm", "random_router", "random_router_equal_cost"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
+def test_a_pretraining_that_is_stopped_ends_at_once(tmp_path):
+    """Its two processes first trained on to their end."""
+    command = [sys.executable, HERE / "warmup.py", "--run", tmp_path / "run", "--slm-steps", "99999"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ON_CPU)
+    while "loss=" not in process.stderr.readline():
+        assert process.poll() is None
+    process.terminate()
+    try:
+        assert "warmup.py: stopped" in process.communicate(timeout=20)[1] and process.returncode == 1
+    finally:
+        process.kill()
+
+
 def test_a_finished_stage_says_so(monkeypatch, capsys, run):
     """The same command again is no mistake."""
     for name, flags in (("warmup", WARMUP), ("grpo", ["--resume"])):
