@@ -350,10 +350,10 @@ def chat_format(template):
     """Recognise a published chat template, as text: ((text before the user's, text after it, strip the user's), end of
     turn), or (None, None) for a format that is not known.
     """
-    strip = bool(re.search(r"content['\"\])]*\s*\|\s*trim", template))
+    strip = bool(re.search(r"content['\"\])]*(?:\s*\|\s*trim|\.strip\(\))", template))
     if "<|start_header_id|>" in template and "<|eot_id|>" in template:  # Llama 3
         header = "<|start_header_id|>{}<|end_header_id|>\n\n"
-        before = "<|begin_of_text|>" if "bos_token" in template else ""
+        before = "<|begin_of_text|>" if re.search(r"bos_token|'<\|begin_of_text\|>'", template) else ""
         if knowledge := re.search(r"Cutting Knowledge Date: ([^\\\"'\n]*)", template):  # 3.1 and later
             day = re.search(r"date_string = \"([^\"]*)\"", template)  # the day that the template falls back on
             before += header.format("system") + f"Cutting Knowledge Date: {knowledge[1]}\n"
@@ -367,7 +367,11 @@ def chat_format(template):
     if begin not in flat or "<|im_end|>" not in flat or any(sign in flat for sign in strange):
         return None, None
     before, after = "", "<|im_end|>\n" + begin
-    for quote, text in re.findall(r"(['\"]?)<\|im_start\|>system(?:\\n|\n)(.*?)<\|im_end\|>", template, re.S):
+    defaults = re.findall(r"(['\"]?)<\|im_start\|>system(?:\\n|\n)(.*?)<\|im_end\|>", template, re.S)
+    if name := re.search(r"<\|im_start\|>system(?:\\n|\n)['\"]\s*[+~]\s*(\w+)\s*[+~]", template):     # in a variable
+        default = re.search(rf"set {name[1]} = (['\"])(.*?)(?<!\\)\1", template, re.S)
+        defaults += [default.groups()] if default and default[2] else []
+    for quote, text in defaults:
         if not before and not re.search(r"\{\{|\{%|['\"]\s*[+~]|[+~]\s*['\"]", text):  # a constant: the default
             if quote:
                 text = re.sub(r"\\(.)", lambda escape: "\n" if escape[1] == "n" else escape[1], text)
@@ -496,6 +500,7 @@ def read_question(row):
         index = row.get("answer_index") if answer is None else answer
         answer = letters[index] if type(index) is int and 0 <= index < len(letters) else index
     gold = str(answer).rsplit("####")[-1].strip()  # GSM8K: reasoning, then the number
+    (problem + gold).encode()  # raises for half a surrogate pair, which nothing can write
     if type(answer) not in (str, int, float) or not gold:
         raise ValueError("no answer under answer, final_answer, reward_model.ground_truth or in a solution's \\boxed{}")
     kind = first(row, "subject", "subfield", "category", "type", "data_source")
@@ -513,10 +518,11 @@ def grade(response, answer):
     """
     gold, given = tidy(answer), last_boxed(response)
     if choice := re.fullmatch(r"\(?([A-J])\)?", gold):  # multiple choice: "C", "(C)" and "(C) 12 apples" all say C
-        said = CHOICE.findall(response if given is None else re.sub(r"\\[a-zA-Z]+\s*|[{}$*\\]", "", given).strip())
+        text = re.sub(r"\\[a-zA-Z]+\s*|[{}$*\\]", "", response if given is None else given).strip()
+        said = CHOICE.findall(text.upper() if re.fullmatch(r"\(?[a-j]\)?", text) else text)
         return said[-1:] == [choice[1]]
     if given is None:
-        given = ["", *NUMBER.findall(response.replace("\u2212", "-"))][-1]
+        given = ["", *NUMBER.findall(response.replace("\u2212", "-").replace("{,}", ","))][-1]
     return same(tidy(given), gold)
 
 
@@ -534,8 +540,9 @@ def last_boxed(text):
 
 
 NUMBER = re.compile(r"(?<![\^\d])(?<!\^\{)(?:(?<![\w)}])-)?(?:\\[dtc]?frac(?:\{\d+\}\{\d+\}|\d\d)"
-                    r"|\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d*\.?\d+)(?:\.\d+)?(?:/\d+)?%?)")
-CHOICE = re.compile(r"(?:^\(?(?![AI] [a-z])|\(|(?i:answer|option|choice)(?: is)?:?[\s*$(]+)([A-J])(?![\w'])"
+                    r"|\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d*\.?\d+)(?:\.\d+)?"
+                    r"(?:[eE][+-]?\d{1,3}\b|\s*(?:\\times|\\cdot|[*×])\s*10\^(?:\{-?\d+\}|-?\d+))?(?:/\d+)?%?)")
+CHOICE = re.compile(r"(?:^\(?(?![AI] [a-z])|\(|(?i:answer|option|choice)(?: is)?(?::[\s(]*|[\s(]+))([A-J])(?![\w'])"
                     r"(?!\)?\s*(?:[,;/&+]|and|or)\s*\(?[A-J]\b)")  # A, but not A and B
 RELATION = "[<>]=?|="
 
@@ -590,7 +597,7 @@ def matrix(found):
 
 
 SYMBOLS = str.maketrans({"π": "\\pi ", "√": "\\sqrt ", "∞": "\\infty ", "∪": "\\cup ", "×": "*", "≥": ">=", "≤": "<=",
-                         "−": "-", "–": "-", "'": "^{\\prime}", "~": " ", "£": "", "€": "", "°": "", "º": ""})
+                         "−": "-", "–": "-", "'": "^{\\prime}", "~": " ", "£": "", "€": "", "°": "\\circ ", "º": "\\circ "})
 TIDY = [(regex.compile(pattern), new) for pattern, new in (
     (r"\s+", " "), (r"^ ?\\boxed ?\{(.*)\} ?$", r"\1"),  # first: some of what follows would take cubic time in spaces
     (r",\\!\s*|\{,\}|\\(?:left|right)(?![a-z])\.?|\\(?:[bB]igg?[lr]?|displaystyle|[lL]arge|q?quad|limits)(?![a-zA-Z])"
@@ -602,7 +609,7 @@ TIDY = [(regex.compile(pattern), new) for pattern, new in (
     (rf"(?:(?<![\d}}](?:\\cdot|[ /])*)|(?!\\text *\{{ ?[mgsNJWKVALCFTh] ?\}}))"
      rf"\\text *\{{ ?({NAMES}|[A-Za-z]) ?\}}", r"\1"),
     (r"^.*\\text.*$", without_units), (r"\s(?:and|or)\s", ","),
-    (r"\^?\s*\{\s*\\(?:circ|degree)\s*\}|\^?\s*\\(?:circ|degree)(?![a-z])|\\frac\s*\{\s*\}\s*\{\s*\}", ""),
+    (r"\^?\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![a-z]))(?:\s*[CF]\b)?|\\frac\s*\{\s*\}\s*\{\s*\}", ""),
     (r"[(\[]?\s*\\begin\{(?:array\}\{[^{}]*|[a-z]?matrix)\}(.*?)\\end\{(?:array|[a-z]?matrix)\}\s*[)\]]?", matrix),
     (r"^\s*(?:[a-zA-Z]\w*)?\s*\\approx|\s*\\approx.*$", ""), (r" +", " "), (r"\\%", "%"), (r"\*\*", "^"),
     (r"\\(?:cdot|times)(?![a-z])", "*"), (r"\\div(?![a-z])|:", "/"),
@@ -668,6 +675,8 @@ def same(given, gold, depth=0):
         return False
     if len(a) == 1:
         return same_value(a[0], b[0])
+    if not gold_kind and kind in ("(]", "[)", "[]"):  # an interval is no list
+        return False
     if gold_kind:  # (3, 4) may be given as 3, 4
         return kind in (gold_kind, gold_kind.strip("()")) and all(same(*pair, depth + 1) for pair in zip(a, b))
     if re.match(RELATION, kind):  # 3 < 4 is no list

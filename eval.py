@@ -34,6 +34,7 @@ import random
 import time
 from collections import Counter, defaultdict
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 
@@ -261,6 +262,7 @@ def fit_questions(args, run, questions):
     file = run.info["stages"]["grpo"].get("questions")
     if file is None:
         return list(itertools.islice(toy_questions("held_out", random.Random("fit")), args.fit))
+    need(Path(file).exists(), f"{file}: gone, and the token router is fitted on a part of it; leave it out with --rows")
     reported = {q.text for q in questions}
     found = [q for q in load_questions(file) if split_of(q.text) == "held_out" and q.text not in reported][:args.fit]
     need(found, f"{file}: no question is left to fit the token router on; leave it out with --rows")
@@ -389,7 +391,7 @@ def main():
     if args.html:
         text = page(list(rows.values()), answers[::args.repeat], table.tokenizer, out / "plot.png")
         write_beside(out / "index.html", lambda file: file.write(text.encode()))
-    print(f"wrote {out / 'results.json'}; next: python relay.py --run {run.path}")
+    print(f"wrote {out / 'results.json'}; {run.next('relay.py', ' --interactive')}")
 
 
 if __name__ == "__main__":

@@ -18,11 +18,13 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import random
 import re
 import shutil
 import sys
 import time
+from contextlib import suppress
 
 import torch
 from tqdm import tqdm
@@ -182,9 +184,10 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
     # Each process divided its loss by the tokens of all: its parts are added up, and the updates counted once.
     parts["loss"] = total("loss"), len(norms) if rank == 0 else 0
     metrics = dict(step=step) | means(dict(zip(parts, add_up(list(parts.values())))))
-    metrics |= dict(grad_norm=max(taken, default=None), skipped=len(norms) - len(taken),
-                    sampler_learner_difference=next((s["difference"] for s in sums if s["tokens"]), 0.0), lr=lr,
-                    sample_seconds=middle - start, learn_seconds=time.perf_counter() - middle)
+    drift = max(meet(next((s["difference"] for s in sums if s["norm"] is not None), 0.0)))     # in the first update
+    metrics |= dict(grad_norm=max(taken, default=None), skipped=len(norms) - len(taken), lr=lr,
+                    sampler_learner_difference=drift, sample_seconds=middle - start,
+                    learn_seconds=time.perf_counter() - middle)
     return metrics, groups
 
 
@@ -313,6 +316,18 @@ def save_checkpoint(out, history, policy, optimizer, source, settings):
     delete_checkpoints(out, but=folder)
 
 
+def only_one(out):
+    """Lock the directory until this process ends: a second training there would mix its steps with ours."""
+    lock = open(out / ".lock", "w")
+    with suppress(ImportError, OSError):       # Windows and some network file systems have no such lock
+        import fcntl
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{out}: another process is training there") from None
+    return lock
+
+
 def delete_checkpoints(out, but=None):
     """Delete all checkpoints, or all but one."""
     if not but:
@@ -427,15 +442,17 @@ def main():
     if run.has(args.variant):
         need(args.resume, f"{out} is there already; choose another --run, or delete it")
         delete_checkpoints(out)                # the run may have been killed between finish() and this
-        print(f"{out} is finished; next: python eval.py --run {run.path}")
+        print(f"{out} is finished; {run.next('eval.py', ' --questions TEST_FILE')}")
         return
     questions, held_out = training_questions(args, run.toy, "grpo", args.pool, args.eval_questions)
     texts = hashlib.sha256(json.dumps([q.text for q in questions]).encode()).hexdigest()
     chosen = settings(args) | dict(weights_at_start=fingerprint(source)[:12], question_texts=texts[:12])
+    run.open()
+    out.mkdir(exist_ok=True)
+    lock = None if "RANK" in os.environ else only_one(out)       # open as long as this process lives
     history, folder = last_checkpoint(out, chosen)
     need(args.resume or not folder, f"{out} holds an unfinished training; go on with --resume, or delete it")
     done = len(history)
-    run.open()
     start_processes(args)
     device, frozen = machine(args, run.toy)
     first = join_processes(device)
@@ -457,7 +474,6 @@ def main():
             with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
 
-    out.mkdir(parents=True, exist_ok=True)
     if first:                                  # the steps after these are done again
         lines = "".join(json.dumps(metrics) + "\n" for metrics in history)
         write_beside(out / "metrics.jsonl", lambda file: file.write(lines.encode()))
@@ -477,7 +493,8 @@ def main():
     tokens = sum(m["length"] for m in history[done:]) * args.questions_per_step * args.group
     rate = lambda key: tokens / max(1e-9, sum(m[key] for m in history[done:]))
     print(f"sampled {rate('sample_seconds'):,.0f} tokens/s, learned {rate('learn_seconds'):,.0f} tokens/s")
-    print(f"wrote {out}; next: python eval.py --run {run.path}" + " --all" * (args.variant != "grpo"))
+    print(f"wrote {out}; {run.next('eval.py', ' --questions TEST_FILE')}" + " --all" * (args.variant != "grpo"))
+    del lock
 
 
 if __name__ == "__main__":

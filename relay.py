@@ -32,6 +32,7 @@ import os
 import random
 import re
 import select
+import shlex
 import signal
 import sys
 import tempfile
@@ -545,7 +546,9 @@ class Run:
     def __init__(self, path):
         self.path, self.file = Path(path), Path(path) / "run.json"
         self.info = read_json(self.file) if self.file.exists() else {"stages": {}}
-        need(isinstance(self.info.get("stages"), dict), f"{self.file}: not a file of this program (no stages in it)")
+        stages = self.info.get("stages")
+        need(isinstance(stages, dict) and all(isinstance(stage, dict) for stage in stages.values()),
+             f"{self.file}: not a file of this program (no stages in it)")
 
     def has(self, stage):
         """Is this stage finished, and its model still there (config.json is what save() writes last)?"""
@@ -577,6 +580,10 @@ class Run:
     def toy(self):
         return self.info.get("toy", False)
 
+    def next(self, script, more=""):
+        """The end of what a script prints: the command to run now. more: what real models need besides."""
+        return f"next: python {script} --run {shlex.quote(str(self.path))}{more * (not self.toy)}"
+
 
 def small_models():
     """Settings for models as small as the toy's: one thread, because more would only wait for each other; and glibc
@@ -597,8 +604,8 @@ def machine(args, toy=False):
         gpu = torch.cuda.is_available() and not toy      # so small a model would wait for it
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
+        torch.zeros(1, device=device).item()             # "meta" has no values
+    except (RuntimeError, AssertionError, ImportError):
         raise ValueError(f"--device {device} is not to be had on this machine; try --device cpu") from None
     if device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")       # TF32: factors of 10 bits, sums in float32; many times as fast
@@ -632,7 +639,11 @@ def run_script(main):
         sys.stdout.reconfigure(errors="replace")                     # whatever a model writes can be printed
         sys.stdin.reconfigure(errors="replace")                      # and whatever is piped in be read
     try:
-        main()
+        try:
+            main()
+        except (ValueError, OSError, KeyboardInterrupt):
+            time.sleep(os.environ.get("RANK", "0") != "0")           # of several processes the first one says it
+            raise
     except WrongArguments as error:
         Parser(prog=name).error(str(error))
     except ValueError as error:

@@ -75,7 +75,11 @@ def start_processes(args):
         time.sleep(0.1)
     for child in children:
         child.kill()                           # does nothing to one that has ended
-    sys.exit(1 if any([child.wait() for child in children]) else 0)
+        child.wait()
+    failed = [code for code in codes if code]
+    if failed and max(failed) < 0:             # else one of them has said why
+        sys.exit(f"{Path(sys.argv[0]).name}: a process was killed by signal {-failed[0]} (9: perhaps out of memory)")
+    sys.exit(1 if failed else 0)
 
 
 def hear_signals(handler):
@@ -136,7 +140,14 @@ def settings(args):
     """What run.json keeps of a stage's arguments: all that can change its result."""
     how = ("run", "resume", "gpus", "device", "batch", "micro_tokens", "checkpointing", "save_every", "check",
            "eval_every", "eval_questions")
-    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in how and v is not None}
+    return {k: place(v, args.run) if k in ("slm", "llm") else str(v) if isinstance(v, Path) else v
+            for k, v in vars(args).items() if k not in how and v is not None}
+
+
+def place(path, run):
+    """Where a directory lies: relative to the run's if inside it, so that the run can be moved, else absolute."""
+    path, run = path.resolve(), run.resolve()
+    return str(path.relative_to(run) if path.is_relative_to(run) else path)
 
 
 def progress_bar(*args, **options):
@@ -439,12 +450,12 @@ def main():
     args = arguments()
     run = Run(args.run)
     if run.finished("warmup", settings(args)):
-        print(f"{run.path / 'warmup'} is finished; next: python grpo.py --run {run.path}")
+        print(f"{run.path / 'warmup'} is finished; {run.next('grpo.py', f' --questions {args.questions}')}")
         return
     run.info = dict(toy=args.toy, stages=run.info["stages"])     # without a pair whose warm-up was deleted
     for name, path in () if args.toy else (("slm", args.slm), ("llm", args.llm)):
         read_config(path)                      # a wrong directory is named before anything is made
-        run.info[name] = str(path.resolve())
+        run.info[name] = place(path, run.path)
     pool, checks = training_questions(args, args.toy, "warmup", args.samples, args.check)
     run.open()
     start_processes(args)
@@ -472,7 +483,7 @@ def main():
     if first:
         save(slm, run.path / "warmup", run.directory("slm"))
         run.finish("warmup", settings(args))
-    print(f"wrote {run.path / 'warmup'}; next: python grpo.py --run {run.path}")
+    print(f"wrote {run.path / 'warmup'}; {run.next('grpo.py', f' --questions {args.questions}')}")
 
 
 if __name__ == "__main__":

@@ -307,6 +307,17 @@ def test_a_question_cannot_end_its_own_turn(tmp_path, name):
     assert evil in tokenizer.decode(tokenizer.chat(evil))
 
 
+@pytest.mark.parametrize("template, before", [
+    ("{% set system = 'You\\'re kind.' %}{{ '<|im_start|>system\\n' + system + '<|im_end|>\\n' }}"
+     "{{ '<|im_start|>user\\n' + content + '<|im_end|>\\n<|im_start|>assistant\\n' }}",
+     "<|im_start|>system\nYou're kind.<|im_end|>\n<|im_start|>user\n"),
+    ("{{ '<|begin_of_text|>' }}{{ '<|start_header_id|>user<|end_header_id|>\\n\\n' + content + '<|eot_id|>' }}",
+     "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n")])
+def test_what_stands_before_a_question_is_found_in_fine_tunes_templates_too(template, before):
+    """A default system prompt in a variable, and a first token that is spelled out, were left out without a word."""
+    assert data.chat_format(template)[0][0] == before
+
+
 @pytest.mark.parametrize("template, fault", [
     (None, "no chat template"), ("", "chat template is not"), ("[INST] {{ m }} [/INST]", "chat template is not"),
     ("<|im_start|>user<|im_sep|>{{ m }}<|im_end|><|im_start|>assistant\n", "chat template is not"),
@@ -387,7 +398,7 @@ def test_repeated_questions_and_empty_lines_are_kept_apart(tmp_path):
     ({"problem": 3, "answer": 1}, "no text"), ({"problem": "Q", "answer": {"a": 1}}, "no answer"),
     ({"prompt": [], "answer": 1}, "no text"), ({"prompt": [3], "answer": 1}, "no text"),
     ({"problem": "Q", "answer": True}, "no answer"), ({"problem": "Q", "answer": "  "}, "no answer"),
-    ({"problem": "Q", "answer": "it is ####"}, "no answer")])
+    ({"problem": "Q", "answer": "it is ####"}, "no answer"), ({"problem": "\ud800", "answer": 1}, "surrogates")])
 def test_a_bad_row_is_named_by_file_and_number(tmp_path, row, fault):
     """Of 17,000 lines, which?"""
     good = {"problem": "Q", "answer": 1}
@@ -432,7 +443,7 @@ def test_a_published_file_is_read_and_its_own_answers_are_right(name, count, fir
 RIGHT = """
 1/2 | 0.5 | \\frac12 | \\dfrac{1}{2} | \\tfrac 1 2 | .5 | 50\\% | \\frac{2}{4} | 1 / 2 | 2^{-1}
 1080 | 1,080 | 1{,}080 | 1,\\!080 | \\$1080 | 1080.0 | 1080 \\text{ dollars} | 1080 dollars | 1.08 \\times 10^3
-90 | 90^\\circ | 90^{\\circ} | 90° | 90 \\text{ degrees} | 90 degrees
+90 | 90^\\circ | 90^{\\circ} | 90° | 90 \\text{ degrees} | 90 degrees | 90^\\circ\\text{C} | 90 ^\\circ\\text{ F} | 90^\\circ C | 90 °C
 9/5 | 1\\frac{4}{5} | 1 \\frac45 | 1.8 | 1 4/5
 -3/4 | -\\frac{3}{4} | \\frac{-3}{4} | -0.75 | −0.75
 (3,4] | \\left(3, 4\\right] | (3, 8/2]
@@ -511,6 +522,7 @@ WRONG = """
 (3,4] | (3,4) | [3,4] | (4,3]
 (1,-2) | (-2,1) | (1,-2,0)
 1, -2 | 1 | 1, 2 | 1, -2, 3 | 1, 1
+3, 4 | (3,4] | [3,4) | [3,4]
 \\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix} | \\begin{pmatrix} 2 \\\\ 1 \\end{pmatrix} | (1, 2)
 \\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix} | \\begin{pmatrix} 1 & 2 \\end{pmatrix}
 3\\sqrt{13} | 3\\sqrt{14} | 3 | 10.8
@@ -579,7 +591,9 @@ def test_another_answer_is_wrong(gold, given):
     ("no number", "5", False), ("", "5", False), ("\\boxed{}", "5", False), ("The answer is (C).", "C", True),
     ("(A) no, (B) yes. The answer is: B", "B", True), ("The answer is D", "C", False),
     ("The answer is \u22125.", "-5", True), ("It has 12 cm^2", "12", True), ("1024 = 2^10", "2", True),
-    ("so \\boxed 5, that is 5.0 of 6", "5", True)])
+    ("so \\boxed 5, that is 5.0 of 6", "5", True), ("It is $3 \\times 10^8$ m/s", "3e8", True),
+    ("about 1.5e-3 in all", "0.0015", True), ("that is $10{,}080$ in all", "10080", True), ("\\boxed{b}", "B", True),
+    ("\\boxed{(b)}", "B", True), ("The answer is $\\text{B}$", "B", True), ("Answer:B", "B", True), ("**B**", "B", True)])
 def test_the_answer_is_the_last_box_or_else_the_last_number(response, answer, right):
     """The first box, an open box or a full stop taken for a decimal point give another answer."""
     assert grade(response, answer) is right

@@ -728,14 +728,15 @@ def test_five_steps_in_a_row_without_a_finite_gradient_end_the_run(monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the list of children from Linux's /proc")
-def test_a_process_that_dies_ends_the_others(warmed_up):
-    """The others would wait for it in the next sum over processes, for ever."""
+def test_a_second_training_is_refused_and_a_process_that_dies_ends_the_others(warmed_up):
+    """The others would wait for it in the next sum over processes, for ever; and nobody would say why they end."""
     process = started(warmed_up, "--gpus", "2", "--steps", "10000")
     wait_for_lines(warmed_up, 3, process)
+    second = started(warmed_up, "--gpus", "2", "--steps", "10000", "--resume")     # steps of both would be mixed
+    assert second.communicate(timeout=60)[1].count("another process is training there") == 1 and second.returncode == 1
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert "grpo.py: a process was killed by signal 9" in process.communicate(timeout=60)[1] and process.returncode == 1
     assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 

@@ -1,6 +1,7 @@
 """Tests of warmup.py: commands in answers, batches, log-probabilities, an optimizer step."""
 import itertools
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,8 @@ import warmup
 from conftest import ByteTokenizer, some_questions
 from model import Transformer, parse_config
 from relay import COMMAND, Rollout, without_commands
-from warmup import Example, adamw, apply_gradient, insert_commands, micro_batches, pack, supervised_step, token_logprobs
+from warmup import (Example, adamw, apply_gradient, insert_commands, micro_batches, pack, place, supervised_step,
+                    token_logprobs)
 
 KNOWN = torch.tensor([True] * 20 + [False] + [True] * 9)       # 30 ids, one of which nobody has; the model has 37
 
@@ -277,3 +279,10 @@ def test_questions_that_leave_no_room_are_left_out_and_counted(monkeypatch, caps
         assert "1 of 3" in capsys.readouterr().out
     monkeypatch.setattr(warmup, "PROMPT", 8)
     assert warmup.short([short, long], ByteTokenizer(), large, large) == [short]
+
+
+def test_models_inside_a_run_move_with_it():
+    """A run that was copied to another machine asked for the first one's directories."""
+    assert place(Path("runs/a/models/slm"), Path("runs/a")) == place(Path("runs/a/models/slm").resolve(), Path("runs/a"))
+    assert Path(place(Path("runs/a/models/slm"), Path("runs/a"))) == Path("models/slm")
+    assert Path(place(Path("slm"), Path("runs/a"))) == Path("slm").resolve()
