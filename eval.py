@@ -391,7 +391,7 @@ def main():
     if args.html:
         text = page(list(rows.values()), answers[::args.repeat], table.tokenizer, out / "plot.png")
         write_beside(out / "index.html", lambda file: file.write(text.encode()))
-    print(f"wrote {out / 'results.json'}; {run.next('relay.py', ' --interactive')}")
+    print(f"wrote {out / 'results.json'}; {run.next('relay.py', '--interactive')}")
 
 
 if __name__ == "__main__":

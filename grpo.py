@@ -442,7 +442,7 @@ def main():
     if run.has(args.variant):
         need(args.resume, f"{out} is there already; choose another --run, or delete it")
         delete_checkpoints(out)                # the run may have been killed between finish() and this
-        print(f"{out} is finished; {run.next('eval.py', ' --questions TEST_FILE')}")
+        print(f"{out} is finished; {run.next('eval.py', '--questions', 'TEST_FILE')}")
         return
     questions, held_out = training_questions(args, run.toy, "grpo", args.pool, args.eval_questions)
     texts = hashlib.sha256(json.dumps([q.text for q in questions]).encode()).hexdigest()
@@ -493,7 +493,7 @@ def main():
     tokens = sum(m["length"] for m in history[done:]) * args.questions_per_step * args.group
     rate = lambda key: tokens / max(1e-9, sum(m[key] for m in history[done:]))
     print(f"sampled {rate('sample_seconds'):,.0f} tokens/s, learned {rate('learn_seconds'):,.0f} tokens/s")
-    print(f"wrote {out}; {run.next('eval.py', ' --questions TEST_FILE')}" + " --all" * (args.variant != "grpo"))
+    print(f"wrote {out}; {run.next('eval.py', '--questions', 'TEST_FILE')}" + " --all" * (args.variant != "grpo"))
     del lock
 
 

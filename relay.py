@@ -580,9 +580,9 @@ class Run:
     def toy(self):
         return self.info.get("toy", False)
 
-    def next(self, script, more=""):
+    def next(self, script, *more):
         """The end of what a script prints: the command to run now. more: what real models need besides."""
-        return f"next: python {script} --run {shlex.quote(str(self.path))}{more * (not self.toy)}"
+        return "next: " + shlex.join(["python", script, "--run", self.path.as_posix(), *([] if self.toy else more)])
 
 
 def small_models():

@@ -266,6 +266,15 @@ def test_an_evaluation_may_have_some_rows_only(monkeypatch, capsys, run, tmp_pat
     assert methods == ["slm", "warmup", "relay", "llm", "random_router", "random_router_equal_cost"]
 
 
+def test_the_next_command_can_be_run_as_it_stands(tmp_path):
+    """Real models need --questions too, and a path may have spaces."""
+    run = relay_module.Run(tmp_path / "a b")
+    run.info["toy"] = False
+    assert run.next("grpo.py", "--questions", "q 1").endswith("/a b' --questions 'q 1'")
+    run.info["toy"] = True
+    assert run.next("grpo.py", "--questions", "q 1").endswith("/a b'")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
 def test_a_pretraining_that_is_stopped_ends_at_once(tmp_path):
     """Its two processes first trained on to their end."""
