@@ -350,6 +350,7 @@ def chat_format(template):
     """Recognise a published chat template, as text: ((text before the user's, text after it, strip the user's), end of
     turn), or (None, None) for a format that is not known.
     """
+    template = re.sub(r"\{#.*?#\}", "", template, flags=re.S)  # Jinja's comments
     strip = bool(re.search(r"content['\"\])]*(?:\s*\|\s*trim|\.strip\(\))", template))
     if "<|start_header_id|>" in template and "<|eot_id|>" in template:  # Llama 3
         header = "<|start_header_id|>{}<|end_header_id|>\n\n"
@@ -601,7 +602,9 @@ SYMBOLS = str.maketrans({"π": "\\pi ", "√": "\\sqrt ", "∞": "\\infty ", "�
 TIDY = [(regex.compile(pattern), new) for pattern, new in (
     (r"\s+", " "), (r"^ ?\\boxed ?\{(.*)\} ?$", r"\1"),  # first: some of what follows would take cubic time in spaces
     (r",\\!\s*|\{,\}|\\(?:left|right)(?![a-z])\.?|\\(?:[bB]igg?[lr]?|displaystyle|[lL]arge|q?quad|limits)(?![a-zA-Z])"
-     r"|\\[,!;:]|\\?\$|\b(?:np|math)\.|\\(?:boldsymbol|mathbf|mathsf|bm|underline)\s*(?=\{)", ""), (r"(?<!\\)\\ ", " "),
+     r"|\\[,!;:]|\\?\$|\b(?:np|math)\.|\\(?:boldsymbol|mathbf|mathsf|bm|underline)\s*(?=\{)|\\(?:bf|rm|it)(?![a-z])",
+     ""),
+    (r"\\[lr]vert(?![a-z])", "|"), (r"(?<!\\)\\ ", " "),
     # words: a name's index, a list's comma, a function or a letter, but not a number's unit
     (r"\\(?:textrm|textbf|textit|emph|mbox|mathrm|operatorname)\s*(?=\{)", r"\\text"),
     (rf"_\s*(?:\{{\s*{TEXT}\s*\}}|{TEXT})", r"_{\1\2}"),

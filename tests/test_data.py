@@ -312,7 +312,9 @@ def test_a_question_cannot_end_its_own_turn(tmp_path, name):
      "{{ '<|im_start|>user\\n' + content + '<|im_end|>\\n<|im_start|>assistant\\n' }}",
      "<|im_start|>system\nYou're kind.<|im_end|>\n<|im_start|>user\n"),
     ("{{ '<|begin_of_text|>' }}{{ '<|start_header_id|>user<|end_header_id|>\\n\\n' + content + '<|eot_id|>' }}",
-     "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n")])
+     "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n"),
+    ("{# no bos_token, no enable_thinking #}{{ '<|start_header_id|>user<|end_header_id|>' + content + '<|eot_id|>' }}",
+     "<|start_header_id|>user<|end_header_id|>\n\n")])
 def test_what_stands_before_a_question_is_found_in_fine_tunes_templates_too(template, before):
     """A default system prompt in a variable, and a first token that is spelled out, were left out without a word."""
     assert data.chat_format(template)[0][0] == before
@@ -509,8 +511,8 @@ B | \\text{Answer: B} | \\text{The answer is (B)}
 2\\cos x(1+\\sin x) | 2\\cos x + 2\\sin x\\cos x
 mg\\sin\\theta(1-\\mu) | mg(1-\\mu)\\sin\\theta
 (x+1)\\ln 2 | \\ln 2 (x+1)
-12 | **12** | **12
-|a-b| | |b-a|
+12 | **12** | **12 | {\\bf 12}
+|a-b| | |b-a| | \\lvert b-a\\rvert
 x=y=2 | x = y = 2 | 2
 x=3,y=4 | y = 4, x = 3 | x = 3, y = 8/2 | 3, 4
 """

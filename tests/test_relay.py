@@ -633,7 +633,7 @@ def test_hundreds_of_random_pairs_do_what_the_definition_says():
         temperature, llm_temperature = rng.choice((0, 0.7, 1.0)), rng.choice((0, 0.7))
         budget, seeds = rng.randint(8, 20), [(case, i) for i in range(len(prompts))]
         outs = relay(slm, llm, tokenizer, prompts, max_new_tokens=budget, temperature=temperature, seed=seeds,
-                     llm_temperature=llm_temperature, batch=rng.choice((None, 1)))
+                     llm_temperature=llm_temperature, batch=rng.choice((None, 1, 2)))
         for out, prompt, seed in zip(outs, prompts, seeds):
             want = oracle(slm, llm, tokenizer, prompt, budget, seed, temperature, llm_temperature)
             assert facts(out) == (want[0], want[1], want[3], want[4]), f"case {case}"

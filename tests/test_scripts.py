@@ -39,10 +39,10 @@ EVAL = "--limit 9 --fit 3 --max-new-tokens 30".split()
 def run(tmp_path_factory):
     """A whole run of the toy, all stages as short as can be: (its directory, what the scripts printed).
 
-    Both training stages in two processes; test_grpo.py has one.
+    GRPO in two processes; test_grpo.py has one.
     """
     run = tmp_path_factory.mktemp("runs") / "tiny"
-    return run, [script("warmup.py", "--run", run, "--gpus", "2", *WARMUP), script("grpo.py", "--run", run, *GRPO),
+    return run, [script("warmup.py", "--run", run, *WARMUP), script("grpo.py", "--run", run, *GRPO),
                  script("eval.py", "--run", run, *EVAL),
                  script("relay.py", "--run", run, "--max-new-tokens", "30", "--dtype", "bfloat16",
                         piped="What does Amy pay?\n")]
