@@ -357,7 +357,7 @@ def test_where_more_rows_are_to_come_the_llm_serves_when_most_wait():
 
 
 def test_where_a_row_has_ended_another_takes_its_place():
-    """Batch after batch, the short answers of a batch wait for its longest one: 52 steps instead of 36."""
+    """Batch after batch, the short answers of a batch wait for its longest one: 51 steps instead of 36."""
     tokenizer, sizes = ByteTokenizer(), []
     slm = Scripted(tokenizer, list(b"a" * 30), *[list(b"abcd")] * 8)                # and each an end of text
     slm.register_forward_hook(lambda model, args, out: sizes.append(len(args[0])))
