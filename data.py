@@ -598,7 +598,8 @@ def matrix(found):
 
 
 SYMBOLS = str.maketrans({"π": "\\pi ", "√": "\\sqrt ", "∞": "\\infty ", "∪": "\\cup ", "×": "*", "≥": ">=", "≤": "<=",
-                         "−": "-", "–": "-", "'": "^{\\prime}", "~": " ", "£": "", "€": "", "°": "\\circ ", "º": "\\circ "})
+                         "−": "-", "–": "-", "'": "^{\\prime}", "~": " ", "£": "", "€": "",
+                         "°": "\\circ ", "º": "\\circ "})
 TIDY = [(regex.compile(pattern), new) for pattern, new in (
     (r"\s+", " "), (r"^ ?\\boxed ?\{(.*)\} ?$", r"\1"),  # first: some of what follows would take cubic time in spaces
     (r",\\!\s*|\{,\}|\\(?:left|right)(?![a-z])\.?|\\(?:[bB]igg?[lr]?|displaystyle|[lL]arge|q?quad|limits)(?![a-zA-Z])"
@@ -678,11 +679,9 @@ def same(given, gold, depth=0):
         return False
     if len(a) == 1:
         return same_value(a[0], b[0])
-    if not gold_kind and kind in ("(]", "[)", "[]"):  # an interval is no list
-        return False
     if gold_kind:  # (3, 4) may be given as 3, 4
         return kind in (gold_kind, gold_kind.strip("()")) and all(same(*pair, depth + 1) for pair in zip(a, b))
-    if re.match(RELATION, kind):  # 3 < 4 is no list
+    if re.match(RELATION, kind) or kind in ("(]", "[)", "[]"):  # 3 < 4 is no list, nor is an interval
         return False
     names, others = (sorted(part.partition("=")[0].strip() for part in side) for side in (a, b))
     if names == others and "=" in a[0]:  # x = 3, y = 4: each name has its own value

@@ -281,7 +281,7 @@ def find_variants(args, run, slm):
     same = f"--seed {grpo['seed']}" + (f" --questions {grpo['questions']}" if "questions" in grpo else "")
     for name, flags in VARIANTS.items():
         if name not in there and (args.all or name in args.rows):
-            print(f"{name} is missing; make it, with what other flags grpo had: python grpo.py --run {run.path} "
+            print(f"{name} is missing; make it, with what other flags grpo had: {run.command_line('grpo.py')} "
                   f"--variant {name} {same} {flags.format(slm=slm)}")
     return {name: stage for name, stage in there.items() if args.all or name in args.rows}
 
@@ -337,7 +337,7 @@ class Table:
 def main():
     args = arguments()
     run = Run(args.run)
-    need(run.has("grpo"), f"{run.path} holds no finished GRPO stage; run: python grpo.py --run {run.path}")
+    need(run.has("grpo"), f"{run.path} holds no finished GRPO stage; run: {run.command_line('grpo.py')}")
     toy = run.toy and args.questions is None
     need(toy or args.questions, "real models need --questions FILE", WrongArguments)
     fill_in(args, TOY if run.toy else PAPER)
@@ -391,7 +391,7 @@ def main():
     if args.html:
         text = page(list(rows.values()), answers[::args.repeat], table.tokenizer, out / "plot.png")
         write_beside(out / "index.html", lambda file: file.write(text.encode()))
-    print(f"wrote {out / 'results.json'}; {run.next('relay.py', '--interactive')}")
+    print(f"wrote {out / 'results.json'}; next: {run.command_line('relay.py', '--interactive')}")
 
 
 if __name__ == "__main__":

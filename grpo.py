@@ -284,7 +284,7 @@ def arguments():
                  slm=": what training starts from and stays near (RUN/warmup)")
     args = p.parse_args()
     run = Run(args.run)
-    need(run.has("warmup"), f"{run.path} holds no warm-up yet; run: python warmup.py --run {run.path}")
+    need(run.has("warmup"), f"{run.path} holds no warm-up yet; run: {run.command_line('warmup.py')}")
     fill_in(args, TOY if run.toy else PAPER)
     size = max(args.gpus, world()[1])
     taken = r"slm|llm|warmup|eval|relay|relay_no_teacher|fixed_\d+|token_router|random_router\w*"    # by eval.py, too
@@ -442,7 +442,7 @@ def main():
     if run.has(args.variant):
         need(args.resume, f"{out} is there already; choose another --run, or delete it")
         delete_checkpoints(out)                # the run may have been killed between finish() and this
-        print(f"{out} is finished; {run.next('eval.py', '--questions', 'TEST_FILE')}")
+        print(f"{out} is finished; next: {run.command_line('eval.py', '--questions', 'TEST_FILE')}")
         return
     questions, held_out = training_questions(args, run.toy, "grpo", args.pool, args.eval_questions)
     texts = hashlib.sha256(json.dumps([q.text for q in questions]).encode()).hexdigest()
@@ -493,7 +493,8 @@ def main():
     tokens = sum(m["length"] for m in history[done:]) * args.questions_per_step * args.group
     rate = lambda key: tokens / max(1e-9, sum(m[key] for m in history[done:]))
     print(f"sampled {rate('sample_seconds'):,.0f} tokens/s, learned {rate('learn_seconds'):,.0f} tokens/s")
-    print(f"wrote {out}; {run.next('eval.py', '--questions', 'TEST_FILE')}" + " --all" * (args.variant != "grpo"))
+    print(f"wrote {out}; next: {run.command_line('eval.py', '--questions', 'TEST_FILE')}"
+          + " --all" * (args.variant != "grpo"))
     del lock
 
 

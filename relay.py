@@ -321,6 +321,8 @@ def relay(slm, llm, tokenizer, prompts, *, max_new_tokens, temperature=0.7, seed
         if not 0 < len(prompt) < context:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens; the context holds 1 to {context - 1}: "
                              f"{tokenizer.decode(prompt)[:80]!r} ...")
+    if not prompts:                                        # weights need not be packed for nobody
+        return []
     coming = deque((i, p, min(max_new_tokens, context - len(p)), s) for i, (p, s) in enumerate(zip(prompts, seeds)))
     ignore, packed = lambda *what: None, prepack(slm)
     try:
@@ -580,9 +582,9 @@ class Run:
     def toy(self):
         return self.info.get("toy", False)
 
-    def next(self, script, *more):
-        """The end of what a script prints: the command to run now. more: what real models need besides."""
-        return "next: " + shlex.join(["python", script, "--run", self.path.as_posix(), *([] if self.toy else more)])
+    def command_line(self, script, *more):
+        """What to type for a script on this run. more: what real models need besides."""
+        return shlex.join(["python", script, "--run", self.path.as_posix(), *([] if self.toy else more)])
 
 
 def small_models():
@@ -727,7 +729,7 @@ def main():
     args = p.parse_args()
     run = Run(args.run)
     toy = run.toy and args.slm is None
-    need(args.slm or run.has("warmup"), f"{run.path} holds no trained model; run: python warmup.py --run {run.path}, "
+    need(args.slm or run.has("warmup"), f"{run.path} holds no trained model; run: {run.command_line('warmup.py')}, "
          "or give --slm, --llm")
     need(args.llm or not args.slm or run.info["stages"], "--slm and --llm go together", WrongArguments)
     need(args.question is None or not (args.questions or args.interactive),

@@ -450,7 +450,8 @@ def main():
     args = arguments()
     run = Run(args.run)
     if run.finished("warmup", settings(args)):
-        print(f"{run.path / 'warmup'} is finished; {run.next('grpo.py', '--questions', str(args.questions))}")
+        print(f"{run.path / 'warmup'} is finished; next: "
+              + run.command_line("grpo.py", "--questions", str(args.questions)))
         return
     run.info = dict(toy=args.toy, stages=run.info["stages"])     # without a pair whose warm-up was deleted
     for name, path in () if args.toy else (("slm", args.slm), ("llm", args.llm)):
@@ -483,7 +484,7 @@ def main():
     if first:
         save(slm, run.path / "warmup", run.directory("slm"))
         run.finish("warmup", settings(args))
-    print(f"wrote {run.path / 'warmup'}; {run.next('grpo.py', '--questions', str(args.questions))}")
+    print(f"wrote {run.path / 'warmup'}; next: {run.command_line('grpo.py', '--questions', str(args.questions))}")
 
 
 if __name__ == "__main__":

@@ -376,7 +376,7 @@ class ReSendingEach(ReSending):
         pass
 
 
-def begun(reader, prompts):
+def started(reader, prompts):
     """A Reader, with these prompts as its rows."""
     for row, prompt in enumerate(prompts):
         reader.begin(row, prompt)
@@ -423,7 +423,7 @@ def handoff(bench):
         for size in bench.size((250, 500, 1000, 2000), (40, 80)):
             generator = torch.Generator().manual_seed(size)
             text = torch.randint(1, llm.config.vocab_size, (size + 20 * 20,), generator=generator).tolist()
-            kept = begun(Reader(llm), [text[:size - 20]])
+            kept = started(Reader(llm), [text[:size - 20]])
 
             @torch.inference_mode()
             def hand_off():
@@ -432,7 +432,7 @@ def handoff(bench):
 
             @torch.inference_mode()
             def re_send():
-                return bench.seconds(lambda: begun(ReSendingEach(llm), [text[:size]]).step([0]))
+                return bench.seconds(lambda: started(ReSendingEach(llm), [text[:size]]).step([0]))
 
             kept.step = torch.inference_mode()(kept.step)
             kept.step([0])
@@ -461,7 +461,7 @@ def prompt(bench):
 
     @torch.inference_mode()
     def first_step(name, prompts):
-        reader = last[name] = begun(Reader(model), prompts)
+        reader = last[name] = started(Reader(model), prompts)
         return bench.seconds(lambda: reader.step(list(range(group))))
 
     mine, rival = bench.turns(lambda: first_step("one", [texts[0]] * group), lambda: first_step("eight", texts))

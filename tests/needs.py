@@ -62,10 +62,10 @@ def hours_needed(slm, llm, args, length, rho, llm_bytes=2):
     to the longest row. While rows wait, every place of a batch is taken; the last are written to the longest's end.
     """
     small, large = parameters(slm), parameters(llm)
-    rows, places = args.questions_per_step * args.group, min(args.batch, args.questions_per_step * args.group)
-    decoding = lambda rows: rows * length / places + args.max_new_tokens    # steps that write so many responses
+    rows = args.questions_per_step * args.group
+    decoding = lambda n: max(n / args.batch, 1) * length + args.max_new_tokens      # steps that write n responses
     steps = args.steps * decoding(rows)
-    held = places * (args.prompt_tokens + args.max_new_tokens)              # tokens in the caches, as they are read
+    held = min(args.batch, rows) * (args.prompt_tokens + args.max_new_tokens)       # tokens in the caches, as read
     learned = args.steps * rows * (args.prompt_tokens / args.group + length)
     answers = decoding(args.pool * args.filter_samples)                     # steps of the LLM for the filter
     slow, fast = BANDWIDTH

@@ -270,9 +270,9 @@ def test_the_next_command_can_be_run_as_it_stands(tmp_path):
     """Real models need --questions too, and a path may have spaces."""
     run = relay_module.Run(tmp_path / "a b")
     run.info["toy"] = False
-    assert run.next("grpo.py", "--questions", "q 1").endswith("/a b' --questions 'q 1'")
+    assert run.command_line("grpo.py", "--questions", "q 1").endswith("/a b' --questions 'q 1'")
     run.info["toy"] = True
-    assert run.next("grpo.py", "--questions", "q 1").endswith("/a b'")
+    assert run.command_line("grpo.py", "--questions", "q 1").endswith("/a b'")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
