@@ -354,6 +354,8 @@ def chat_format(template):
     strip = bool(re.search(r"content['\"\])]*(?:\s*\|\s*trim|\.strip\(\))", template))
     if "<|start_header_id|>" in template and "<|eot_id|>" in template:  # Llama 3
         header = "<|start_header_id|>{}<|end_header_id|>\n\n"
+        if re.search(r"system<\|end_header_id\|>(?:\\n|\s)*[^\\'\"{\s]", template):  # a system prompt of its own
+            return None, None
         before = "<|begin_of_text|>" if re.search(r"bos_token|'<\|begin_of_text\|>'", template) else ""
         if knowledge := re.search(r"Cutting Knowledge Date: ([^\\\"'\n]*)", template):  # 3.1 and later
             day = re.search(r"date_string = \"([^\"]*)\"", template)  # the day that the template falls back on
@@ -618,7 +620,8 @@ TIDY = [(regex.compile(pattern), new) for pattern, new in (
     (r"^\s*(?:[a-zA-Z]\w*)?\s*\\approx|\s*\\approx.*$", ""), (r" +", " "), (r"\\%", "%"), (r"\*\*", "^"),
     (r"\\(?:cdot|times)(?![a-z])", "*"), (r"\\div(?![a-z])|:", "/"),
     (r"\\g(?:e|eq|eqslant)(?![a-z])", ">="), (r"\\l(?:e|eq|eqslant)(?![a-z])", "<="),
-    (r"\\[dtc](frac|binom)", r"\\\1"), (r"\\frac\s*(\d)\s*(?=[\d{])", r"\\frac{\1}"),
+    (r"(?:^|\{)([^{}]*)\\over(?![a-z])([^{}]*)(?:\}|$)", r"\\frac{\1}{\2}"), (r"\\[dtc](frac|binom)", r"\\\1"),
+    (r"\\frac\s*(\d)\s*(?=[\d{])", r"\\frac{\1}"),
     (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
     (r"(?<![\w.}])(\d+)\s*(\\frac\s*\{\d+\}\s*\{\d+\})|(?<![\w.}])(\d+)\s+(\d+/\d+)", r"(\1\3+\2\4)"),  # mixed numbers
     (rf"(?<=\d)\s*({'|'.join(SCALES)})\b", lambda scale: SCALES[scale[1]]), (rf"(?<=[\d}}])\s*(?:{UNITS}).*$", ""),

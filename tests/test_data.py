@@ -324,6 +324,7 @@ def test_what_stands_before_a_question_is_found_in_fine_tunes_templates_too(temp
     (None, "no chat template"), ("", "chat template is not"), ("[INST] {{ m }} [/INST]", "chat template is not"),
     ("<|im_start|>user<|im_sep|>{{ m }}<|im_end|><|im_start|>assistant\n", "chat template is not"),
     ("<|im_start|>user\n{{ m }}<|im_end|>\n<|im_start|>assistant\n<think>\n", "chat template is not"),
+    ("<|start_header_id|>system<|end_header_id|>\n\nYou are kind.<|eot_id|>{{ m }}", "chat template is not"),
     (EXPECTED["formats"]["llama3"]["template"], "lacks <|eot_id|>")])
 def test_an_unknown_chat_format_is_refused_when_it_is_used(tmp_path, template, fault):
     """A base model has none and is still a tokenizer; a guessed format would be silently wrong."""
@@ -443,7 +444,7 @@ def test_a_published_file_is_read_and_its_own_answers_are_right(name, count, fir
 # --- grading ---
 
 RIGHT = """
-1/2 | 0.5 | \\frac12 | \\dfrac{1}{2} | \\tfrac 1 2 | .5 | 50\\% | \\frac{2}{4} | 1 / 2 | 2^{-1}
+1/2 | 0.5 | \\frac12 | 1 \\over 2 | {1 \\over 2} | \\dfrac{1}{2} | \\tfrac 1 2 | .5 | 50\\% | \\frac{2}{4} | 1 / 2 | 2^{-1}
 1080 | 1,080 | 1{,}080 | 1,\\!080 | \\$1080 | 1080.0 | 1080 \\text{ dollars} | 1080 dollars | 1.08 \\times 10^3
 90 | 90^\\circ | 90^{\\circ} | 90° | 90 \\text{ degrees} | 90 degrees | 90^\\circ\\text{C} | 90 ^\\circ\\text{ F} | 90^\\circ C | 90 °C
 9/5 | 1\\frac{4}{5} | 1 \\frac45 | 1.8 | 1 4/5
