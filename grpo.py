@@ -18,7 +18,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -449,13 +448,13 @@ def main():
     chosen = settings(args) | dict(weights_at_start=fingerprint(source)[:12], question_texts=texts[:12])
     run.open()
     out.mkdir(exist_ok=True)
-    lock = None if "RANK" in os.environ else only_one(out)       # open as long as this process lives
     history, folder = last_checkpoint(out, chosen)
     need(args.resume or not folder, f"{out} holds an unfinished training; go on with --resume, or delete it")
     done = len(history)
     start_processes(args)
     device, frozen = machine(args, run.toy)
     first = join_processes(device)
+    lock = only_one(out) if first else None    # open as long as this process lives
     policy, llm, tokenizer = load_pair(folder or source, args.llm or run.directory("llm"), device, torch.float32,
                                        frozen)
     policy.checkpointing = args.checkpointing
