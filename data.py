@@ -45,7 +45,7 @@ class Question:
     """A question as the user asks it, and its gold answer; the toy's carry more."""
     text: str
     answer: str
-    kind: str = ""        # toy: "common", "rare", or "unseen": rare, and not named in training
+    kind: str = ""        # toy: "common", "rare", or "unseen": rare, and never learned from after pretraining
     solution: str = ""    # toy: a worked solution
     fact: str = ""        # the text of the fact that the small model lacks
     strict: bool = False  # the response must end by its end-of-text token right after the answer
@@ -56,7 +56,7 @@ COMMON = ("apple bag bell book boot bowl broom cake candle card chair comb cup d
 RARE = ("zither lute sextant quill kimono tuba gong bonsai harp zodiac puzzle mosaic trident sundial monocle goblet "
         "fresco lantern cameo gavel parasol rapier talisman tapestry tiara turban veil violin wig yurt zeppelin "
         "crown").split()
-UNSEEN = {"trident", "gavel", "veil", "yurt"}    # rare things that pretraining names, warm-up and GRPO do not
+UNSEEN = {"trident", "gavel", "veil", "yurt"}    # rare things of pretraining, never learned from in warm-up and GRPO
 PEOPLE = "Amy Ann Ben Bob Dan Eva Fay Gus Ian Joe Kim Lea Leo Liz Max Mia Ned Pam Ray Rob Sam Sue Tom Zoe".split()
 
 _facts = random.Random("facts")    # the same for every --seed
@@ -88,7 +88,7 @@ def split_of(text):
 
 
 def toy_questions(split, rng, rare=0.5, unseen=True, unreliable=False):
-    """An endless stream of toy questions of one split: "train", "held_out" (thresholds, checks on the way) or "eval".
+    """An endless stream of toy questions of one split: "train", "held_out" (thresholds, checks) or "eval".
 
     rare: the share that names a rare thing. unseen=False leaves out the facts that warm-up and GRPO may not see.
     """

@@ -87,7 +87,8 @@ class Answers:
 
             def keep(i, r):
                 nonlocal last
-                (key, _, (_, n)), before, last = missing[i], last, time.perf_counter()
+                key, _, (_, n) = missing[i]
+                before, last = last, time.perf_counter()
                 self.records[key] = dict(key=key, method=method, index=n, tokens=r.tokens, calls=r.calls, end=r.end,
                                          cost=r.cost, seconds=last - before)
                 print(json.dumps(self.records[key]), file=file, flush=True)
@@ -183,7 +184,7 @@ def tell(ours, analysis):
     if ours["gap_closed"] is not None:
         ends = " - ".join(map(percent, ours["gap_closed_ci95"])) if ours["gap_closed_ci95"] else "no interval"
         print(f"the relay closes {ours['gap_closed']:.1%} ({ends}) of the gap with {ours['rho']:.2%} of the tokens, "
-              f"{percent(ours['cost_reduction'])} below the accuracy-matched random router")
+              f"{percent(ours['cost_reduction'])} below the random router at equal accuracy")
     print(f"right with a call: {percent(ours['accuracy_called'])}, without: {percent(ours['accuracy_alone'])}")
     for what, counts in analysis["calls"].items():
         print(f"{what}: " + ", ".join(f"{value!r} {n}x" for value, n in counts.items()))
@@ -250,7 +251,8 @@ def arguments():
     g.add_argument("--all", action="store_true", help="also what grpo.py --variant has put into the run")
     g.add_argument("--plot", action="store_true", help="draw RUN/eval/plot.png (needs matplotlib)")
     g.add_argument("--html", action="store_true", help="write RUN/eval/index.html: table, picture, roll-outs")
-    show_presets(p, TOY, PAPER, temperature="; inside a call the LLM samples as in training")
+    show_presets(p, TOY, PAPER, temperature="; inside a call the LLM samples as in training",
+                 slm=": of the rows slm and token_router")
     args = p.parse_args()
     need(not args.plot or importlib.util.find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib",
          WrongArguments)
@@ -300,7 +302,8 @@ class Table:
 
     def ask(self, method, writer, helper=None, questions=None, **options):
         """Ask all questions. Returns the method's row; without `questions` of its own it also goes into the table."""
-        args, repeat = self.args, 1 if questions else self.args.repeat
+        args = self.args
+        repeat = 1 if questions else args.repeat
         asked = [q for q in questions or self.questions for _ in range(repeat)]            # one for each answer
         models = self.models.get(writer) or self.load(writer), self.models.get(helper)
         marks = [self.mark(name) if name else None for name in (writer, helper)]
@@ -308,7 +311,8 @@ class Table:
         if method == "llm":
             for r in rollouts:
                 r.by_llm = [True] * len(r.tokens)
-        hits, by_kind = [is_right(q, r, self.tokenizer) for q, r in zip(asked, rollouts)], {}
+        hits = [is_right(q, r, self.tokenizer) for q, r in zip(asked, rollouts)]
+        by_kind = {}
         for kind in sorted({q.kind for q in asked if q.kind}):
             chosen = [(hit, r) for q, hit, r in zip(asked, hits, rollouts) if q.kind == kind]
             by_kind[kind] = dict(questions=len(chosen) // repeat, **means(figures(*zip(*chosen))))
@@ -365,8 +369,9 @@ def main():
     if "relay_no_teacher" in args.rows:
         table.ask("relay_no_teacher", "relay", no_calls=True)
     table.ask("llm", "llm")
-    for n in args.fixed if "fixed" in args.rows else ():
-        table.ask(f"fixed_{n}", "relay", "llm", fixed=n)
+    if "fixed" in args.rows:
+        for n in args.fixed:
+            table.ask(f"fixed_{n}", "relay", "llm", fixed=n)
     for name, stage in variants.items():
         table.ask(name, name, None if stage.get("no_teacher") else "llm")
     sweep = table.route(others) if others else {}

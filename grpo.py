@@ -5,7 +5,7 @@ its group (no value network), and the tokens that the SLM sampled become more or
 
     A = (r - mean of the group) / (std of the group + 1e-6)                        GRPO, arXiv 2402.03300, section 4.1
     loss = mean over tokens of  max(-A ratio, -A clip(ratio)) + 0.01 KL(policy, warmed-up model)
-           (the first term at most -3 A where A < 0, so that one token whose ratio has exploded cannot decide)
+           (the max at most 3 |A| where A < 0, so that one token whose ratio has exploded cannot decide)
 
 What is RelayLLM's own is the reward (arXiv 2601.05167, section 4.2). It asks what the group shows about the question:
 can the SLM do it alone, only with help, or not at all? If it can, not calling pays; if not, calling pays; in a right
@@ -95,7 +95,7 @@ def k3(logprobs, ref_logprobs):
 def examples_of(rollouts, llm_tokens=False):
     """What the learner sees of roll-outs: the loss is on the tokens that the SLM sampled, and on no others.
 
-    llm_tokens=True is for comparison: the public code lets the loss run over the LLM's tokens too.
+    llm_tokens=True is for comparison: the authors' public code lets the loss run over the LLM's tokens too.
     """
     return [Example(r.prompt + r.tokens, [False] * len(r.prompt) + [llm_tokens or not b for b in r.by_llm],
                     tuple(r.prompt)) for r in rollouts]
@@ -141,9 +141,9 @@ def score(questions, groups, tokenizer, args):
     called = torch.tensor([[any(r.by_llm) for r in group] for group in groups])
     share = lambda r: min(1.0, sum(c.asked for c in r.calls) / len(r.tokens)) if args.rho_asked else r.rho
     rho = torch.tensor([[share(r) for r in group] for group in groups])
-    groups = (1, -1) if args.batch_scenarios else right.shape
+    shape = (1, -1) if args.batch_scenarios else right.shape
     reward = (right.float() - rho if args.reward == "simple" else         # what the paper compares with
-              rewards(*(x.reshape(groups) for x in (right, called, rho))).view(right.shape))
+              rewards(*(x.reshape(shape) for x in (right, called, rho))).view(right.shape))
     return right, called, reward
 
 
@@ -175,14 +175,15 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
     norms = [s["norm"] for s in sums if s["norm"] is not None]     # of the updates that had something to learn
     taken = [norm for norm in norms if math.isfinite(norm)]
     alone, solved = (right & ~called).any(dim=-1), right.any(dim=-1)
-    parts = dict(reward=(reward.sum().item(), len(flat))) | figures(right.flatten().tolist(), flat)
-    parts |= {name: (flags.sum().item(), len(groups)) for name, flags in (
+    ratios = dict(reward=(reward.sum().item(), len(flat))) | figures(right.flatten().tolist(), flat)
+    ratios |= {name: (flags.sum().item(), len(groups)) for name, flags in (
         ("student_solvable", alone), ("teacher_dependent", solved & ~alone), ("teacher_unsolvable", ~solved),
         ("equal_groups", ~teaches))}
-    parts |= {name: (total(name), total("tokens")) for name in ("kl", "clip_fraction", "entropy")}
+    ratios |= {name: (total(name), total("tokens")) for name in ("kl", "clip_fraction", "entropy")}
     # Each process divided its loss by the tokens of all: its parts are added up, and the updates counted once.
-    parts["loss"] = total("loss"), len(norms) if rank == 0 else 0
-    metrics = dict(step=step) | means(dict(zip(parts, add_up(list(parts.values())))))
+    ratios["loss"] = total("loss"), len(norms) if rank == 0 else 0
+    added = add_up(list(ratios.values()))
+    metrics = dict(step=step) | means(dict(zip(ratios, added)))
     drift = max(meet(next((s["difference"] for s in sums if s["norm"] is not None), 0.0)))     # in the first update
     metrics |= dict(grad_norm=max(taken, default=None), skipped=len(norms) - len(taken), lr=lr,
                     sampler_learner_difference=drift, sample_seconds=middle - start,
@@ -224,10 +225,10 @@ def filter_questions(questions, llm, tokenizer, args, file):
 # Settings
 
 # What the presets differ in. The toy samples at 0.7: at 1.0 it may learn to call always (README.md, "What failed on the
-# way"). Not flags: `ramp` (steps over which the learning rate rises, before it falls to 0), and `skip_equal` (groups of
-# equal rewards are left out of the update: it saves time, and the mean and the KL are then over the others).
-# PAPER, the other flags' defaults, and `solo` and `dual` above are from the paper or its code; but micro_tokens,
-# checkpointing and eval_every are ours.
+# way"). Not flags: `ramp` (see train), and `skip_equal` (groups of equal rewards are left out of the update: it saves
+# time, and the mean and the KL are then over the others). In PAPER, in the algorithm's other flags and in `solo` and
+# `dual` above, all that can change the result is from the paper or its code; micro_tokens, checkpointing, eval_every
+# are ours.
 TOY = dict(temperature=0.7, max_new_tokens=96, steps=60, questions_per_step=16, group=16, lr=1e-3, updates=1,
            pool=640, filter_samples=2, ramp=20, skip_equal=True, micro_tokens=3000, checkpointing=False, eval_every=20)
 PAPER = dict(temperature=1.0, max_new_tokens=8192, steps=100, questions_per_step=128, group=8, lr=1e-6, updates=4,
@@ -273,13 +274,13 @@ def arguments():
     g.add_argument("--rho-asked", action="store_true", help="ablation: rho from n, not from what was delivered")
     g.add_argument("--variant", metavar="NAME", default="grpo",
                    help="write into RUN/NAME, beside RUN/grpo, for a row of eval.py --all")
-    g = p.add_argument_group("on the way")
+    g = p.add_argument_group("while it trains")
     g.add_argument("--eval-every", type=at_least_zero(int), help="steps between checks on held-out questions, 0: none")
     g.add_argument("--eval-questions", type=positive(int), default=128, help="questions of a check (128)")
     g.add_argument("--save-every", type=positive(int), default=20, help="steps between checkpoints (20)")
     g.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     machine_arguments(p)
-    show_presets(p, TOY, PAPER, temperature="; the checks on the way are at 0.7",
+    show_presets(p, TOY, PAPER, temperature="; the checks are at 0.7",
                  slm=": what training starts from and stays near (RUN/warmup)")
     args = p.parse_args()
     run = Run(args.run)
@@ -290,7 +291,7 @@ def arguments():
     need(args.pass_rate <= 1, f"--pass-rate {args.pass_rate}: a share, 0 to 1", WrongArguments)
     need(args.group > 1, "--group 1: a roll-out alone has nothing to be compared with", WrongArguments)
     need(re.fullmatch(r"\w+", args.variant) and not re.fullmatch(taken, args.variant, re.I),
-         f"--variant {args.variant}: a name of letters and digits that the run does not use otherwise", WrongArguments)
+         f"--variant {args.variant}: must be letters, digits, _, and no name that the run uses itself", WrongArguments)
     need(size == 1 or not args.batch_scenarios,
          "--batch-scenarios looks at all roll-outs of a step at once: use one process", WrongArguments)
     need(args.questions_per_step >= max(size, args.updates), f"--questions-per-step {args.questions_per_step}: too few "
@@ -401,7 +402,7 @@ def train(history, questions, held_out, policy, reference, llm, tokenizer, optim
 
     while len(history) < args.steps and not add_up(len(signals)):
         step, lr = len(history) + 1, args.lr   # constant, as in the paper
-        if args.ramp:                          # the toy's rises, so that the first batches do not decide all, and falls
+        if args.ramp:                          # the toy's falls, and at first rises: no batch is to decide all
             lr = args.lr * min(1.0, step / args.ramp) * (1 - (step - 1) / args.steps)
         batch = list(itertools.islice(stream, args.questions_per_step))
         try:
@@ -489,9 +490,9 @@ def main():
         save(policy, out, source)
         run.finish(args.variant, chosen)
         delete_checkpoints(out)
-    tokens = sum(m["length"] for m in history[done:]) * args.questions_per_step * args.group
-    rate = lambda key: tokens / max(1e-9, sum(m[key] for m in history[done:]))
-    print(f"sampled {rate('sample_seconds'):,.0f} tokens/s, learned {rate('learn_seconds'):,.0f} tokens/s")
+    total = lambda key: sum(m[key] for m in history[done:])
+    sampled = total("length") * args.questions_per_step * args.group / max(1e-9, total("sample_seconds"))
+    print(f"sampled {sampled:,.0f} tokens/s; learned for {total('learn_seconds'):,.0f} s")
     print(f"wrote {out}; next: {run.command_line('eval.py', '--questions', 'TEST_FILE')}"
           + " --all" * (args.variant != "grpo"))
     del lock

@@ -43,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 
 X86 = (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"))     # private: another release may not have it
-RECORD = 4      # on a GPU: which decoding step of so many rows is recorded; it takes as long as two others
+RECORD = 4      # on a GPU the 4th decoding step of a given number of rows is recorded, in the time of two
 FAMILIES = ("qwen3", "qwen2", "llama")  # the model_type values of config.json that this transformer covers
 
 
@@ -246,10 +246,10 @@ def prepack(model, free=False):
     """Copy weight matrices into the order in which oneDNN's matrix product on x86 CPUs reads them. Elsewhere: nothing.
 
     PyTorch brings a matrix into that order anew for every product, which for the few rows of a decoding step takes
-    longer than the product itself: packed, a step of 1 to 32 rows takes a half to two thirds of the time. (The toy's
-    matrices are in the processor's cache anyway, and left alone.) The copies do not follow the weights: whoever samples
-    from a model that learns calls forget() with what this returns. free=True is for one that does not learn: the
-    originals are freed.
+    longer than the product itself: packed, a step of 1 to 32 rows takes a half to two thirds of the time. (Matrices
+    of up to 2^16 numbers are in the processor's cache anyway, and left alone.) The copies do not follow the weights:
+    whoever samples from a model that learns calls forget() with what this returns. free=True is for one that does not
+    learn: the originals are freed.
     """
     packed, dtype = [], model.embed.weight.dtype
     if not X86 or model.embed.weight.device.type != "cpu" or not (
@@ -672,7 +672,7 @@ def save(model, path, source=None):
     blocks = (t.detach().cpu().view(torch.uint8).numpy() for t in tensors.values())    # one by one: no second model
     write_beside(path / "model.safetensors",
                  lambda file: file.writelines(itertools.chain([len(text).to_bytes(8, "little"), text], blocks)))
-    for file in sorted(Path(source).iterdir()) if source is not None else ():
+    for file in sorted(Path(source).iterdir() if source is not None else ()):
         if file.suffix in (".json", ".jinja", ".txt", ".model") and not re.search("^config|safetensors", file.name):
             write_beside(path / file.name, lambda copy: copy.write(file.read_bytes()))
     config = dict(model.config.raw, dtype=str(model.embed.weight.dtype).removeprefix("torch."),

@@ -79,7 +79,7 @@ class Rollout:
     tokens: list = field(default_factory=list)      # the response: commands and the end-of-text token included
     by_llm: list = field(default_factory=list)      # for each token: did the LLM write it?
     logprobs: list = field(default_factory=list)    # for each token
-    calls: list = field(default_factory=list)       # of Call; one of n = 0, too, which delivers nothing
+    calls: list = field(default_factory=list)       # of Call, of each command that was obeyed; n = 0 delivers nothing
     end: str = ""                                   # "eos", "eos_by_llm", or "length": the budget is spent
     cost: dict = field(default_factory=dict)        # tokens read: slm_prefill, slm_decode, llm_prefill, llm_decode
 
@@ -179,7 +179,9 @@ class Reader:
         So a question is read once for all its roll-outs. Each row reads the last token itself, because it needs the
         logits after it; and rows that are further on need not be padded to the length of a prompt.
         """
-        holder = {self.texts[row].prompt: row for row in [*new][::-1] + self.cache.rows}     # else the first of the new
+        holder = {}                                        # prompt -> a row that has read it, or the first that will
+        for row in [*self.cache.rows, *new]:
+            holder.setdefault(self.texts[row].prompt, row)
         if readers := [row for row, prompt in new.items() if holder[prompt] == row]:
             self.read({row: len(new[row]) - 1 for row in readers})
         for source in {holder[prompt] for prompt in new.values()}:
@@ -324,7 +326,8 @@ def relay(slm, llm, tokenizer, prompts, *, max_new_tokens, temperature=0.7, seed
     if not prompts:                                        # weights need not be packed for nobody
         return []
     coming = deque((i, p, min(max_new_tokens, context - len(p)), s) for i, (p, s) in enumerate(zip(prompts, seeds)))
-    ignore, packed = lambda *what: None, prepack(slm)
+    ignore = lambda *what: None
+    packed = prepack(slm)
     try:
         done = relay_rows(slm, llm, tokenizer, coming, batch or len(prompts), on_token or ignore, on_end or ignore,
                           temperature, llm_temperature, top_p, fixed, router, no_calls)
@@ -358,8 +361,8 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
         chosen = logprobs.gather(-1, ids[:, None].to(logprobs.device))[:, 0].tolist()
         need(not any(map(math.isnan, chosen)),             # where one is, all of its row are: nothing could be sampled
              "a model's logits are not finite at this --temperature and --dtype (float16 overflows)")
-        doubts = entropy(logprobs).tolist() if router else [0.0] * len(order)
-        return list(zip(order, ids.tolist(), chosen, doubts))
+        entropies = entropy(logprobs).tolist() if router else [0.0] * len(order)
+        return list(zip(order, ids.tolist(), chosen, entropies))
 
     def renew():
         """Take the rows that have ended out, and let others in. Returns those that came.
@@ -388,9 +391,9 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
         turn = list(rows)                                  # the SLM writes until every row waits for the LLM,
         while turn:
             drawn = draw(slm_reader, turn, temperature, top_p, banned)
-            for r, token, logprob, doubt in drawn:
+            for r, token, logprob, nats in drawn:
                 row = rows[r]
-                if doubt > high and llm_reader:            # what it drew is not written
+                if nats > high and llm_reader:            # what it drew is not written
                     row.call(row.left, row.left)           # until the LLM is sure, below
                     continue
                 row.append(token, False, logprob, tokenizer.end_ids)
@@ -401,8 +404,8 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
                     row.call(n, n if fixed is None else fixed)
             came = renew()
             turn = [r for r, *_ in drawn if r in rows and not rows[r].owed] + came
-            if coming and 2 * len(turn) < len(rows):       # or until most wait, and keep the next ones out
-                break
+            if coming and 2 * len(turn) < len(rows):       # or, where more are to come, until most wait: they hold
+                break                                      # places that others could take
 
         turn = [r for r in rows if rows[r].owed]           # the LLM serves all that wait as one batch
         for r in turn:
@@ -410,13 +413,13 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
             llm_reader.feed(r, new if router else without_commands(new, tokenizer))   # a router's commands are text
         while turn:
             drawn = draw(llm_reader, turn, llm_temperature)
-            for r, token, _, doubt in drawn:
+            for r, token, _, nats in drawn:
                 row = rows[r]
                 row.append(token, True, 0.0, tokenizer.end_ids)
                 llm_reader.feed(r, [token], own=True)
                 slm_reader.feed(r, [token])
                 on_token(r, token, True)
-                if doubt < low:
+                if nats < low:
                     row.owed = 0
             renew()                                        # who comes now waits for the SLM's turn
             turn = [r for r, *_ in drawn if r in rows and rows[r].owed]
@@ -434,7 +437,8 @@ def plain_text(rollout, tokenizer):
 
 
 def is_right(question, rollout, tokenizer):
-    """Is the response right? A strict question (the toy's) wants its answer last: only an end of text may follow."""
+    """Is the response right, commands apart? A strict question (the toy's) wants its answer last: only an end of text
+    may follow."""
     text = plain_text(rollout, tokenizer)
     if question.strict:
         return rollout.end != "length" and text.endswith(f"\\boxed{{{question.answer}}}")
@@ -725,10 +729,10 @@ def main():
                'python relay.py "Dan buys 3 lutes and a basket for 2 coins. How many coins does Dan pay?"')
     p.add_argument("question", nargs="?", help="default: one of the toy's; with real models: standard input")
     p.add_argument("--interactive", action="store_true", help="ask for questions, a line each, until the input ends")
-    show_presets(p, TOY, REAL)
+    show_presets(p, TOY, REAL, slm=" (RUN/grpo, before that RUN/warmup)")
     args = p.parse_args()
     run = Run(args.run)
-    toy = run.toy and args.slm is None
+    toy = run.toy and args.llm is None                               # with --slm alone: another SLM for the toy's LLM
     need(args.slm or run.has("warmup"), f"{run.path} holds no trained model; run: {run.command_line('warmup.py')}, "
          "or give --slm, --llm")
     need(args.llm or not args.slm or run.info["stages"], "--slm and --llm go together", WrongArguments)

@@ -164,14 +164,14 @@ def write_answers(slm, llm, tokenizer, questions, args, label, keep=lambda quest
     (rank, size), n = world(), len(questions)
     mine = range(rank * n // size, (rank + 1) * n // size)
     with progress_bar(total=len(mine), desc=label, unit="answer", leave=label != "check") as bar:
-        rollouts = relay(slm, llm, tokenizer, [tokenizer.chat(questions[i].text) for i in mine], **{
-            "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "batch": args.batch,
-            "seed": [(args.seed, first + i) for i in mine], "on_end": lambda *_: bar.update(), **options})
+        options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, batch=args.batch,
+                       seed=[(args.seed, first + i) for i in mine], on_end=lambda *_: bar.update()) | options
+        rollouts = relay(slm, llm, tokenizer, [tokenizer.chat(questions[i].text) for i in mine], **options)
     return sum(meet([keep(questions[i], rollout) for i, rollout in zip(mine, rollouts)]), [])
 
 
 def training_questions(args, toy, stage, count, checks):
-    """(questions to train on, questions for checks on the way): disjoint by a hash of their text, for every seed.
+    """(questions to train on, questions for checks): disjoint by a hash of their text, for every seed.
 
     They are read before the models, so that a wrong file is found at once.
     """
@@ -216,7 +216,8 @@ def micro_batches(examples, most):
 
     The roll-outs of one prompt stay together, so that a batch reads it once.
     """
-    groups, length, batches = {}, lambda i: len(examples[i].tokens), []
+    length = lambda i: len(examples[i].tokens)
+    groups, batches = {}, []
     for i, e in enumerate(examples):
         groups.setdefault(e.prompt, []).append(i)
     for group in sorted(groups.values(), key=lambda group: max(map(length, group))):
@@ -316,7 +317,10 @@ def supervised_step(model, optimizer, examples, known, lr, most):
 
 
 def supervise(model, tokenizer, batches, steps, lr, ramp, most, label, position=0):
-    """One update for each batch, a list of examples. The learning rate rises over `ramp` steps, then falls to 0."""
+    """One update for each batch, a list of examples.
+
+    The learning rate falls to 0, and rises at first: lr * min(1, (step + 1) / ramp) * (1 - step / steps), step from 0.
+    """
     optimizer, known = adamw(model, lr), torch.tensor(tokenizer.known, device=model.embed.weight.device)
     start, read = time.perf_counter(), 0
     with progress_bar(total=steps, desc=label, unit="step", position=position) as bar:
@@ -416,8 +420,8 @@ def warm_up(model, tokenizer, rollouts, args):
     supervise(model, tokenizer, batches(), steps, args.lr, max(1, 0.03 * steps), args.micro_tokens, "warm-up")
 
 
-# From the paper: epochs, and lr and batch size within its ranges (5e-6 to 2e-5, 8 to 32); max_n from d * 10^k. The
-# other figures are ours.
+# In PAPER, epochs is the paper's, lr and batch_size are in its ranges (5e-6 to 2e-5, 8 to 32), and max_n is its largest
+# d * 10^k. The other figures are ours.
 TOY = dict(temperature=0.7, max_new_tokens=96, samples=3000, epochs=4, lr=2e-3, batch_size=32, max_n=9,
            micro_tokens=1500, checkpointing=False)
 PAPER = dict(temperature=0.7, max_new_tokens=2048, samples=10000, epochs=1, lr=1e-5, batch_size=16, max_n=9000,
@@ -430,7 +434,7 @@ def arguments():
     g = p.add_argument_group("the warm-up")
     g.add_argument("--samples", type=positive(int), help="own answers to learn from")
     g.add_argument("--epochs", type=positive(int), help="passes over them")
-    g.add_argument("--lr", type=positive(float), help="peak learning rate")
+    g.add_argument("--lr", type=positive(float), help="learning rate, before its rise and fall")
     g.add_argument("--batch-size", type=positive(int), help="answers an update")
     g.add_argument("--max-n", type=positive(int), help="longest call that is shown")
     g.add_argument("--check", type=positive(int), default=500, help="questions asked before and after (500)")
@@ -438,7 +442,8 @@ def arguments():
     g.add_argument("--slm-steps", type=positive(int), default=2200, help="pretraining steps of the SLM (2200)")
     g.add_argument("--llm-steps", type=positive(int), default=1000, help="pretraining steps of the LLM (1000)")
     machine_arguments(p)
-    show_presets(p, TOY, PAPER, temperature="; of the checks: what is learned from is sampled at 1")
+    show_presets(p, TOY, PAPER, temperature="; of the checks: what is learned from is sampled at 1",
+                 slm="; without --slm and --llm the toy's pair is trained")
     args = p.parse_args()
     need((args.slm is None) == (args.llm is None), "--slm and --llm go together", WrongArguments)
     args.toy = args.slm is None
@@ -454,9 +459,10 @@ def main():
               + run.command_line("grpo.py", "--questions", str(args.questions)))
         return
     run.info = dict(toy=args.toy, stages=run.info["stages"])     # without a pair whose warm-up was deleted
-    for name, path in () if args.toy else (("slm", args.slm), ("llm", args.llm)):
-        read_config(path)                      # a wrong directory is named before anything is made
-        run.info[name] = place(path, run.path)
+    if not args.toy:
+        for name, path in (("slm", args.slm), ("llm", args.llm)):
+            read_config(path)                  # a wrong directory is named before anything is made
+            run.info[name] = place(path, run.path)
     pool, checks = training_questions(args, args.toy, "warmup", args.samples, args.check)
     run.open()
     start_processes(args)
