@@ -460,7 +460,11 @@ def load_questions(path, limit=None):
             if listed or row.strip():
                 questions.append(read_question(row if listed else json.loads(row)))
     except (OSError, ValueError, RecursionError) as error:
-        where = f"{path}: line {error.lineno}" if listed and isinstance(error, json.JSONDecodeError) else where
+        if isinstance(error, UnicodeDecodeError):
+            before = error.object[:error.start]
+            where = f"{path}: line {before.count(10) + 1}"  # newlines
+        elif listed and isinstance(error, json.JSONDecodeError):
+            where = f"{path}: line {error.lineno}"
         raise ValueError(f"{where}: {error}") from None
     if not questions:
         raise ValueError(f"{path}: no questions in it")
@@ -501,10 +505,12 @@ def read_question(row):
         letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:len(options)]
         problem += "".join(f"\n({letter}) {option}" for letter, option in zip(letters, options))
         index = row.get("answer_index") if answer is None else answer
-        answer = letters[index] if type(index) is int and 0 <= index < len(letters) else index
+        answer = dict(enumerate(letters)).get(index) if type(index) is int else index
+        if answer is None or re.fullmatch("[A-Z]", str(answer)) and str(answer) not in letters:
+            raise ValueError(f"answer {index!r} is none of the {len(letters)} options")
     gold = str(answer).rsplit("####")[-1].strip()  # GSM8K: reasoning, then the number
     (problem + gold).encode()  # raises for half a surrogate pair, which nothing can write
-    if type(answer) not in (str, int, float) or not gold:
+    if type(answer) not in (str, int, float) or answer != answer or not gold:  # NaN is no answer
         raise ValueError("no answer under answer, final_answer, reward_model.ground_truth or in a solution's \\boxed{}")
     kind = first(row, "subject", "subfield", "category", "type", "data_source")
     return Question(f"{problem}\n{INSTRUCTION}", gold, str(kind or ""))
@@ -626,7 +632,8 @@ TIDY = [(regex.compile(pattern), new) for pattern, new in (
     (r"(?<![\w.}])(\d+)\s*(\\frac\s*\{\d+\}\s*\{\d+\})|(?<![\w.}])(\d+)\s+(\d+/\d+)", r"(\1\3+\2\4)"),  # mixed numbers
     (rf"(?<=\d)\s*({'|'.join(SCALES)})\b", lambda scale: SCALES[scale[1]]), (rf"(?<=[\d}}])\s*(?:{UNITS}).*$", ""),
     (r"(?<![\d.,(\[])(?<!\\\{)(\d{1,3}(?:,\d{3})+)(?![\d,])", lambda number: number[1].replace(",", "")),
-    (r"\((\d+)\)(?=_)", r"\1"), (r"(?<=\d)_\{(\d+)\}", r"_\1"), (r"_\{(\w|\\[a-zA-Z]+)\}", r"_\1"),  # (52)_{8}; x_{1}
+    (r"^ ?\d{1,3}(?: \d{3})+ ?$", lambda number: number[0].replace(" ", "")), (r"\((\d+)\)(?=_)", r"\1"),
+    (r"(?<=\d)_\{(\d+)\}", r"_\1"), (r"_\{(\w|\\[a-zA-Z]+)\}", r"_\1"),  # (52)_{8}; x_{1}
     (r"\{(\w+)\}(?=_)", r" \1"), (r"(?<![a-zA-Z\\])([a-zA-Z])\(0\)", r"\1_0"),  # \dot{x}_0; f(0)
     (r"^\s*(?:[a-zA-Z]|\([^()]*\))\s*\\in(?![a-z])\s*|[\s./*^]+$|^[\s^]+", ""))]
 

@@ -17,7 +17,8 @@ Every method answers the same questions, which no stage of training should have 
 and, with --all, models that were trained otherwise (VARIANTS below). The relay closes a share p of the gap between
 the two models, and costs 1 - rho / p less than random_router. Accuracies and differences come with a 95% interval:
 the questions are drawn again, 2,000 times, with replacement, the same for all methods (paired percentile bootstrap);
-repeated answers to one question stay together. All counts are of what ran; only the random routers are computed.
+the answers of --repeat to one question stay together (the toy's questions are drawn with replacement in the first
+place: one that comes twice counts as two). All counts are of what ran; only the random routers are computed.
 
 For the toy one more figure is known: the bound, what calls placed exactly on the unknown facts would cost.
 
@@ -34,7 +35,6 @@ import random
 import time
 from collections import Counter, defaultdict
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 
@@ -259,12 +259,18 @@ def arguments():
     return args
 
 
+def trained_on(run):
+    """The question file of training; None where it was the toy's own questions."""
+    file = run.info["stages"]["grpo"].get("questions")
+    return file and (run.path / file).resolve()           # inside the run it is noted relative to it
+
+
 def fit_questions(args, run, questions):
     """Questions to fit a threshold on: held out of training (a tenth of its file), and none that is reported."""
-    file = run.info["stages"]["grpo"].get("questions")
+    file = trained_on(run)
     if file is None:
         return list(itertools.islice(toy_questions("held_out", random.Random("fit")), args.fit))
-    need(Path(file).exists(), f"{file}: gone, and the token router is fitted on a part of it; leave it out with --rows")
+    need(file.exists(), f"{file}: gone, and the token router is fitted on a part of it; leave it out with --rows")
     reported = {q.text for q in questions}
     found = [q for q in load_questions(file) if split_of(q.text) == "held_out" and q.text not in reported][:args.fit]
     need(found, f"{file}: no question is left to fit the token router on; leave it out with --rows")
@@ -279,8 +285,8 @@ def find_variants(args, run, slm):
     unknown = ", ".join(sorted({*args.rows} - {*ROWS, *VARIANTS, *there}))
     need(not unknown, f"--rows {unknown}: no row, and no model that grpo.py --variant put into {run.path}",
          WrongArguments)
-    grpo = run.info["stages"]["grpo"]
-    same = f"--seed {grpo['seed']}" + (f" --questions {grpo['questions']}" if "questions" in grpo else "")
+    file, seed = trained_on(run), run.info["stages"]["grpo"].get("seed")
+    same = f"--seed {seed}" + (f" --questions {file}" if file else "")
     for name, flags in VARIANTS.items():
         if name not in there and (args.all or name in args.rows):
             print(f"{name} is missing; make it, with what other flags grpo had: {run.command_line('grpo.py')} "
@@ -345,10 +351,10 @@ def main():
     toy = run.toy and args.questions is None
     need(toy or args.questions, "real models need --questions FILE", WrongArguments)
     fill_in(args, TOY if run.toy else PAPER)
-    args.llm_temperature = run.info["stages"]["grpo"]["llm_temperature"]      # inside a call, as in training
+    args.llm_temperature = run.llm_temperature
     need(args.repeat == 1 or args.temperature > 0,
          f"--repeat {args.repeat}: at temperature 0 all answers are the same; give --temperature", WrongArguments)
-    if args.questions and str(args.questions) == run.info["stages"]["grpo"].get("questions"):
+    if args.questions and args.questions == trained_on(run):
         print("warning: these are the questions of training")
     device, dtype = machine(args, run.toy)
     paths = dict(slm=args.slm or run.directory("slm"), llm=args.llm or run.directory("llm"), warmup=run.path / "warmup",

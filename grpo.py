@@ -63,6 +63,7 @@ def advantages(rewards, scale=True):
     Equal rewards give exactly 0: they are looked for, since the std of equal float32 numbers need not be 0.
     scale=False leaves out the division (Dr. GRPO, arXiv 2503.20783).
     """
+    rewards = torch.as_tensor(rewards) * 1.0
     equal = (rewards == rewards[..., :1]).all(dim=-1, keepdim=True)
     centred = rewards - rewards.mean(dim=-1, keepdim=True)
     if scale and rewards.shape[-1] > 1:
@@ -287,9 +288,10 @@ def arguments():
     need(run.has("warmup"), f"{run.path} holds no warm-up yet; run: {run.command_line('warmup.py')}")
     fill_in(args, TOY if run.toy else PAPER)
     size = max(args.gpus, world()[1])
-    taken = r"slm|llm|warmup|eval|relay|relay_no_teacher|fixed_\d+|token_router|random_router\w*"    # by eval.py, too
+    taken = r"slm|llm|warmup|eval|relay|relay_no_teacher|fixed\w*|token_router|random_router\w*"     # by eval.py, too
     need(args.pass_rate <= 1, f"--pass-rate {args.pass_rate}: a share, 0 to 1", WrongArguments)
     need(args.group > 1, "--group 1: a roll-out alone has nothing to be compared with", WrongArguments)
+    need(args.temperature > 0, "--temperature 0: the roll-outs of a group would all be the same", WrongArguments)
     need(re.fullmatch(r"\w+", args.variant) and not re.fullmatch(taken, args.variant, re.I),
          f"--variant {args.variant}: must be letters, digits, _, and no name that the run uses itself", WrongArguments)
     need(size == 1 or not args.batch_scenarios,
@@ -344,7 +346,7 @@ def last_checkpoint(out, settings):
     there, history = state.get("settings"), state.get("history")
     need(isinstance(there, dict) and isinstance(history, list) and all(isinstance(m, dict) for m in history),
          f"{out / 'checkpoint.json'}: not a checkpoint of this program")
-    if difference := differing(there, settings):
+    if difference := differing(there, settings | {"questions": there.get("questions")}):    # the file may have moved
         raise ValueError(f"{out}: its checkpoint was made with {difference}; resume with the same settings, or choose "
                          "another --run")
     return history, out / f"checkpoint-{len(history)}"

@@ -592,7 +592,8 @@ def fingerprint(path):
     """A hash of a model directory's weights: tells one model from another, wherever they lie."""
     digest = hashlib.sha256()
     for file in weight_files(path):
-        digest.update(np.memmap(file, np.uint8, "r"))
+        with naming(file):
+            digest.update(np.memmap(file, np.uint8, "r"))
     return digest.hexdigest()
 
 

@@ -318,6 +318,8 @@ def relay(slm, llm, tokenizer, prompts, *, max_new_tokens, temperature=0.7, seed
     need(len(seeds) == len(prompts) and 0 < top_p <= 1 and max_new_tokens >= 1,
          f"{len(seeds)} seeds for {len(prompts)} prompts (one each), top_p {top_p} (above 0, to 1), max_new_tokens "
          f"{max_new_tokens} (at least 1)")
+    need(min(temperature, llm_temperature, fixed or 0) >= 0,
+         f"temperature {temperature}, llm_temperature {llm_temperature}, fixed {fixed}: none may be below 0")
     context = min(model.config.context for model in (slm, llm) if model is not None)
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) < context:
@@ -586,6 +588,11 @@ class Run:
     def toy(self):
         return self.info.get("toy", False)
 
+    @property
+    def llm_temperature(self):
+        """The LLM's, inside a call, as in training."""
+        return self.info["stages"].get("grpo", {}).get("llm_temperature", 0.7)
+
     def command_line(self, script, *more):
         """What to type for a script on this run. more: what real models need besides."""
         return shlex.join(["python", script, "--run", self.path.as_posix(), *([] if self.toy else more)])
@@ -612,7 +619,7 @@ def machine(args, toy=False):
     try:
         torch.zeros(1, device=device).item()             # "meta" has no values
     except (RuntimeError, AssertionError, ImportError):
-        raise ValueError(f"--device {device} is not to be had on this machine; try --device cpu") from None
+        raise WrongArguments(f"--device {device} is not to be had on this machine; try --device cpu") from None
     if device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")       # TF32: factors of 10 bits, sums in float32; many times as fast
         torch.backends.cuda.enable_cudnn_sdp(False)      # it plans anew for every shape, and each turn has its own
@@ -719,8 +726,11 @@ def questions(args, toy):
     else:
         piped, own = "", next(toy_questions("eval", random.Random(args.seed), rare=1.0)).text if toy else ""
         with suppress(OSError):                                      # Windows, where one cannot look without waiting
-            if sys.stdin and not sys.stdin.isatty() and (not own or select.select([sys.stdin], [], [], 0)[0]):
-                piped = sys.stdin.read().strip()                     # who has a question does not wait for another
+            if sys.stdin and not sys.stdin.isatty():
+                if not own or select.select([sys.stdin], [], [], 0)[0]:
+                    piped = sys.stdin.read().strip()
+                else:                                                # who has a question does not wait for another
+                    print("nothing has come through the pipe yet: one of the toy's questions", file=sys.stderr)
         yield piped or own
 
 
@@ -740,11 +750,11 @@ def main():
          "a question, --questions and --interactive: only one of them", WrongArguments)
     fill_in(args, TOY if toy else REAL)
     trained = "grpo" if run.has("grpo") else "warmup"
-    args.llm_temperature = run.info["stages"].get("grpo", {}).get("llm_temperature", 0.7)     # as in training
+    args.llm_temperature = run.llm_temperature
     device, dtype = machine(args, toy)
     slm, llm, tokenizer = load_pair(args.slm or run.path / trained, args.llm or run.directory("llm"), device, dtype,
                                     dtype)
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for text in questions(args, toy):
         try:
             need(text.strip(), "the question is empty; give one as an argument, or pipe it in")

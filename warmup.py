@@ -140,12 +140,12 @@ def settings(args):
     """What run.json keeps of a stage's arguments: all that can change its result."""
     how = ("run", "resume", "gpus", "device", "batch", "micro_tokens", "checkpointing", "save_every", "check",
            "eval_every", "eval_questions")
-    return {k: place(v, args.run) if k in ("slm", "llm") else str(v) if isinstance(v, Path) else v
+    return {k: place(v, args.run) if isinstance(v, Path) else v
             for k, v in vars(args).items() if k not in how and v is not None}
 
 
 def place(path, run):
-    """Where a directory lies: relative to the run's if inside it, so that the run can be moved, else absolute."""
+    """Where something lies: relative to the run's if inside it, so that the run can be moved, else absolute."""
     path, run = path.resolve(), run.resolve()
     return str(path.relative_to(run) if path.is_relative_to(run) else path)
 
@@ -347,6 +347,7 @@ def pretrain(rank, jobs, batch=32):
     name, directory, steps, seed = jobs[rank]
     if multiprocessing.parent_process():
         end_with_parent()
+        tqdm.set_lock(threading.RLock())       # its own is one between processes, left behind by those that are killed
         os.environ.update(RANK="0", WORLD_SIZE="1")        # whatever the parent is one of, this model has one process
     small_models()
     tokenizer = Tokenizer(directory)
@@ -377,8 +378,12 @@ def pretrain_pair(run, args):
         else:
             save_toy_tokenizer(run.path / name)
             jobs.append((name, run.path / name, steps, args.seed))
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)     # the children inherit that: Ctrl-C is for this one to hear
     try:
-        torch.multiprocessing.spawn(pretrain, (jobs,), len(jobs), daemon=True)     # if one fails, or this one, all end
+        context = torch.multiprocessing.spawn(pretrain, (jobs,), len(jobs), join=False, daemon=True)
+        signal.signal(signal.SIGINT, heard)
+        while not context.join():              # if one fails, or this one, all end
+            pass
     except (torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException) as error:
         raise ValueError(f"pretraining the toy pair failed: {str(error).splitlines()[-1]}") from None
     for name, _, steps, seed in jobs:

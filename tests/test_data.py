@@ -401,7 +401,10 @@ def test_repeated_questions_and_empty_lines_are_kept_apart(tmp_path):
     ({"problem": 3, "answer": 1}, "no text"), ({"problem": "Q", "answer": {"a": 1}}, "no answer"),
     ({"prompt": [], "answer": 1}, "no text"), ({"prompt": [3], "answer": 1}, "no text"),
     ({"problem": "Q", "answer": True}, "no answer"), ({"problem": "Q", "answer": "  "}, "no answer"),
-    ({"problem": "Q", "answer": "it is ####"}, "no answer"), ({"problem": "\ud800", "answer": 1}, "surrogates")])
+    ({"problem": "Q", "answer": "it is ####"}, "no answer"), ({"problem": "\ud800", "answer": 1}, "surrogates"),
+    ({"problem": "Q", "answer": float("nan")}, "no answer"),
+    ({"problem": "Q", "options": ["x", "y"], "answer": 7}, "none of the 2 options"),
+    ({"problem": "Q", "options": ["x", "y"], "answer": "C"}, "none of the 2 options")])
 def test_a_bad_row_is_named_by_file_and_number(tmp_path, row, fault):
     """Of 17,000 lines, which?"""
     good = {"problem": "Q", "answer": 1}
@@ -425,6 +428,9 @@ def test_a_file_that_is_missing_or_empty_is_refused_in_one_line(tmp_path):
     (tmp_path / "q.json").write_text('[{"problem": "Q", "answer": 1},\n{]')
     with pytest.raises(ValueError, match="q.json: line 2"):
         load_questions(tmp_path / "q.json")
+    (tmp_path / "q.jsonl").write_bytes(b'{"problem": "Q", "answer": 1}\n{"problem": "\xe9", "answer": 1}\n')
+    with pytest.raises(ValueError, match="q.jsonl: line 2: 'utf-8' codec"):
+        load_questions(tmp_path / "q.jsonl")
 
 
 @pytest.mark.parametrize("name, count, first", [
@@ -445,7 +451,7 @@ def test_a_published_file_is_read_and_its_own_answers_are_right(name, count, fir
 
 RIGHT = """
 1/2 | 0.5 | \\frac12 | 1 \\over 2 | {1 \\over 2} | \\dfrac{1}{2} | \\tfrac 1 2 | .5 | 50\\% | \\frac{2}{4} | 1 / 2 | 2^{-1}
-1080 | 1,080 | 1{,}080 | 1,\\!080 | \\$1080 | 1080.0 | 1080 \\text{ dollars} | 1080 dollars | 1.08 \\times 10^3
+1080 | 1,080 | 1 080 | 1{,}080 | 1,\\!080 | \\$1080 | 1080.0 | 1080 \\text{ dollars} | 1080 dollars | 1.08 \\times 10^3
 90 | 90^\\circ | 90^{\\circ} | 90° | 90 \\text{ degrees} | 90 degrees | 90^\\circ\\text{C} | 90 ^\\circ\\text{ F} | 90^\\circ C | 90 °C
 9/5 | 1\\frac{4}{5} | 1 \\frac45 | 1.8 | 1 4/5
 -3/4 | -\\frac{3}{4} | \\frac{-3}{4} | -0.75 | −0.75

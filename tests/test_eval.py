@@ -62,7 +62,7 @@ def test_the_token_router_is_fitted_on_questions_that_nobody_trained_on_and_nobo
     """On GRPO's own questions the relay is too good, so that the router was fitted to be too dear."""
     texts = [f"question {i}" for i in range(200)]
     (tmp_path / "q.jsonl").write_text("\n".join(json.dumps(dict(question=t, answer=1)) for t in texts))
-    run = SimpleNamespace(info=dict(stages=dict(grpo=dict(questions=str(tmp_path / "q.jsonl")))))
+    run = SimpleNamespace(path=tmp_path, info=dict(stages=dict(grpo=dict(questions="q.jsonl"))))     # inside the run
     every = load_questions(tmp_path / "q.jsonl")
     held_out = [q for q in every if split_of(q.text) == "held_out"]
     assert len(held_out) > 9

@@ -141,6 +141,14 @@ def test_a_checkpoint_with_other_settings_is_refused(toy, tmp_path):
         last_checkpoint(tmp_path, dict(lr=2, seed=1))
 
 
+def test_a_question_file_may_move_before_a_run_goes_on(toy, tmp_path):
+    """The texts are compared by their hash; the path as well refused a run that lay in another place."""
+    save_checkpoint(tmp_path, STEPS, toy[1], adamw(toy[1], 1e-3), None, dict(questions="/old/q", question_texts="1f"))
+    assert last_checkpoint(tmp_path, dict(questions="/new/q", question_texts="1f"))[0] == STEPS
+    with pytest.raises(ValueError, match="question_texts 1f, not 2e"):
+        last_checkpoint(tmp_path, dict(questions="/old/q", question_texts="2e"))
+
+
 def test_a_command_is_the_text_of_the_paper():
     """The released warm-up builder writes it without the number."""
     assert command(12) == "<call>12</call>"
@@ -177,6 +185,7 @@ def test_advantages_by_hand_for_two_groups_at_once():
     assert got[1].tolist() == pytest.approx([0.5, 0.5, 0.5, -1.5], abs=1e-4)
     assert advantages(torch.tensor([[2.0, 0.0]]), scale=False).tolist() == [[1.0, -1.0]]
     assert advantages(torch.tensor([[0.7], [0.3]])).tolist() == [[0.0], [0.0]]       # groups of one
+    assert advantages([4, 4, 4, 0]).tolist() == pytest.approx([0.5, 0.5, 0.5, -1.5], abs=1e-4)
 
 
 def test_a_clipped_token_has_no_gradient_and_one_that_loses_keeps_it():

@@ -913,8 +913,8 @@ def test_nothing_is_sampled_from_numbers_that_are_not_finite():
     """NaN gave the last id of the vocabulary, in silence; so does a top-p of 0."""
     slm, llm = tiny("qwen3"), tiny("llama", vocab_size=40)
     tokenizer = ByteTokenizer(40)
-    for options in (dict(top_p=0.0), dict(temperature=1e-320)):
-        with pytest.raises(ValueError, match="top_p|not finite"):
+    for options in (dict(top_p=0.0), dict(temperature=1e-320), dict(temperature=-1.0), dict(fixed=-1)):
+        with pytest.raises(ValueError, match="top_p|not finite|below 0"):
             relay(slm, llm, tokenizer, [[1, 2]], max_new_tokens=3, **options)
     slm.norm.weight.data[0] = torch.nan
     for temperature in (0, 1.0):

@@ -2,6 +2,7 @@
 import importlib
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -194,7 +195,8 @@ def test_a_run_json_of_something_else_is_named(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("name, flags", [
     ("eval", ["--repeat", "2", "--temperature", "0"]), ("grpo", ["--variant", "b", "--gpus", "2", "--batch-scenarios"]),
     ("grpo", ["--variant", "b", "--gpus", "4", *GRPO[2:]]), ("grpo", ["--pass-rate", "7"]),
-    ("grpo", ["--variant", "fixed_4"]), ("relay", ["why?", "--questions", "q.jsonl"])])
+    ("grpo", ["--variant", "fixed_4"]), ("grpo", ["--variant", "b", "--temperature", "0"]),
+    ("relay", ["why?", "--questions", "q.jsonl"]), ("relay", ["why?", "--device", "nowhere"])])
 def test_arguments_that_do_not_go_together_are_exit_code_2(monkeypatch, capsys, run, name, flags):
     """32 equal greedy answers cost a day; a fault that each process reports is a page."""
     code, text = fails(monkeypatch, capsys, name, "--run", run[0], *flags)
@@ -233,6 +235,21 @@ def test_one_bad_question_does_not_end_an_interactive_session(monkeypatch, capsy
     run_script(relay_module.main)
     said = capsys.readouterr().out
     assert said.count("by the LLM") == 2 and "context holds" in said and "\nWhen?\n" in said
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="one cannot look into a pipe there without waiting")
+def test_another_slm_of_the_toy_is_asked_as_the_toy_is_and_an_empty_pipe_is_not_waited_for(monkeypatch, capsys, run):
+    """The toy's warm-up was given the sentence for real models, which it has never seen, and wrote noise."""
+    asked = []
+    monkeypatch.setattr(relay_module, "show", lambda text, slm, llm, tokenizer, args, colour:
+                        asked.append((text, args.max_new_tokens)))
+    reading, writing = os.pipe()
+    with open(reading, encoding="utf-8") as pipe, open(writing, "w", encoding="utf-8"):
+        monkeypatch.setattr(sys, "stdin", pipe)
+        for more in ([], ["--slm", str(run[0] / "warmup")]):
+            monkeypatch.setattr(sys, "argv", ["relay.py", "--run", str(run[0]), *more])
+            run_script(relay_module.main)
+    assert asked[0] == asked[1] and asked[0][0].endswith("pay?") and "nothing has come" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
