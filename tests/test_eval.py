@@ -10,7 +10,7 @@ import pytest
 
 import eval as eval_module
 from conftest import ByteTokenizer, tiny
-from data import Question, Tokenizer, load_questions, save_toy_tokenizer, split_of, toy_questions
+from data import Question, load_questions, split_of, toy_questions
 from eval import Answers, bound, fit_questions, interval, routers, where_calls_happen
 from relay import Call, Rollout, figures, means
 
@@ -47,7 +47,7 @@ def test_the_interval_of_the_gap_is_paired():
 def test_without_a_gap_there_is_nothing_to_close():
     """A division by zero would end an evaluation of hours."""
     rows = dict(relay=row())
-    routers(rows, dict(slm=hits(0.5), llm=hits(0.5), relay=hits(0.7)))
+    routers(rows, dict(slm=hits(0.5, 100), llm=hits(0.5, 100), relay=hits(0.7, 100)))
     assert rows["relay"]["gap_closed"] is None and rows["random_router"]["rho"] == 0
 
 
@@ -87,10 +87,8 @@ def test_rho_pools_tokens_over_answers():
     assert got["rho"] == 0.02 and got["accuracy"] == 0.5 and got["call_rate"] == 0.5 and got["asked"] == 5
 
 
-def test_the_bound_counts_the_facts_that_the_slm_lacks(tmp_path):
+def test_the_bound_counts_the_facts_that_the_slm_lacks(tokenizer):
     """Common facts cost nothing."""
-    save_toy_tokenizer(tmp_path)
-    tokenizer = Tokenizer(tmp_path)
     common = list(itertools.islice(toy_questions("eval", random.Random(0), rare=0.0), 50))
     rare = list(itertools.islice(toy_questions("eval", random.Random(0), rare=1.0), 50))
     assert bound(common, tokenizer) == 0

@@ -20,7 +20,7 @@ import torch
 
 import grpo
 from conftest import ON_CPU, ByteTokenizer, tiny
-from data import Tokenizer, save_toy_tokenizer, toy_questions
+from data import toy_questions
 from grpo import advantages, examples_of, k3, last_checkpoint, policy_loss, rewards, save_checkpoint, update
 from model import Config, Transformer, load, parse_config, save
 from needs import memory_needed
@@ -29,11 +29,8 @@ from warmup import adamw, join_processes, start_processes, token_logprobs, warm_
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory):
+def toy(tokenizer):
     """(tokenizer, policy, reference, LLM): random models whose vocabulary is padded by 7 ids."""
-    folder = tmp_path_factory.mktemp("toy")
-    save_toy_tokenizer(folder)
-    tokenizer = Tokenizer(folder)
     raw = dict(model_type="qwen3", vocab_size=len(tokenizer.known) + 7, hidden_size=16, intermediate_size=32,
                num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True)
     policy, reference, llm = (Transformer(parse_config(raw, "tiny")).initialize(seed) for seed in (1, 1, 2))
@@ -509,11 +506,13 @@ def test_two_processes_take_the_same_step_as_one(tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")                      # put back after the test
     monkeypatch.setattr(grpo, "score", grpo.score)
-    all_steps(0, 1, 0, tmp_path / "1")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(all_steps, (2, port, tmp_path / "2"), nprocs=2)
+    both = torch.multiprocessing.spawn(all_steps, (2, port, tmp_path / "2"), nprocs=2, join=False)
+    all_steps(0, 1, 0, tmp_path / "1")                     # while those two start
+    while not both.join():
+        pass
     alone, together = (torch.load(tmp_path / name, weights_only=True) for name in "12")
     for (metrics, one), (others, two), changes in zip(alone, together, [*CHANGES, "the warm-up"]):
         for a, b in zip(one, two):
@@ -523,20 +522,19 @@ def test_two_processes_take_the_same_step_as_one(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def warmed_up(tmp_path):
+def warmed_up(tmp_path, toy_directory, tokenizer):
     """A run of the toy whose models are tiny and random, ready for grpo.py."""
     run = tmp_path / "run"
+    raw = dict(model_type="qwen3", vocab_size=len(tokenizer.known), hidden_size=16, intermediate_size=32,
+               num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True)
     for seed, name in enumerate(("slm", "llm", "warmup")):
-        save_toy_tokenizer(run / name)
-        raw = dict(model_type="qwen3", vocab_size=len(Tokenizer(run / name).known), hidden_size=16,
-                   intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-                   tie_word_embeddings=True)
+        shutil.copytree(toy_directory, run / name)
         save(Transformer(parse_config(raw, "tiny")).initialize(seed), run / name)
     (run / "run.json").write_text(json.dumps(dict(toy=True, stages=dict(warmup={}))))
     return run
 
 
-FLAGS = ("--steps 40 --questions-per-step 4 --group 4 --filter-samples 0 --pool 9 --max-new-tokens 9 --save-every 3 "
+FLAGS = ("--steps 60 --questions-per-step 4 --group 4 --filter-samples 0 --pool 9 --max-new-tokens 9 --save-every 3 "
          "--eval-every 0").split()
 
 
@@ -547,14 +545,20 @@ def started(run, *flags):
 
 
 def called(monkeypatch, run, *flags):
-    """grpo.py's main() in this process, for what ends before any training."""
+    """grpo.py's main() in this process: to start another takes seconds, for what only a kill or a signal needs."""
     monkeypatch.setattr(sys, "argv", ["grpo.py", "--run", str(run), *FLAGS, *flags])
+    monkeypatch.setattr(grpo, "hear_signals", lambda handler: None)        # the handler would stay
     grpo.main()
 
 
-def wait_for_lines(run, n, process):
+def lines_of(run):
+    """How many steps metrics.jsonl tells of."""
     metrics = run / "grpo" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= n):
+    return metrics.read_text().count("\n") if metrics.exists() else 0
+
+
+def wait_for_lines(run, n, process):
+    while process.poll() is None and lines_of(run) < n:
         time.sleep(0.01)
     assert process.poll() is None, process.communicate()
 
@@ -563,7 +567,6 @@ def test_a_run_that_is_killed_and_stopped_ends_with_the_same_bytes(warmed_up, tm
     """A laptop that sleeps, a scheduler that stops the job: the order of questions or a random state would differ."""
     other = tmp_path / "other"
     shutil.copytree(warmed_up, other)
-    undisturbed = started(other)
     process = started(warmed_up)
     wait_for_lines(warmed_up, 8, process)
     process.kill()
@@ -572,27 +575,35 @@ def test_a_run_that_is_killed_and_stopped_ends_with_the_same_bytes(warmed_up, tm
         with pytest.raises(ValueError, match=word):
             called(monkeypatch, warmed_up, *flags)
     process = started(warmed_up, "--resume")
-    wait_for_lines(warmed_up, 16, process)
+    wait_for_lines(warmed_up, lines_of(warmed_up) + 4, process)            # beyond those of the killed one
     process.terminate()
     process.terminate()
     errors = process.communicate(timeout=100)[1]
     assert process.returncode == 1 and "go on with --resume" in errors and "Traceback" not in errors
-    assert started(warmed_up, "--resume").wait(100) == 0 == undisturbed.wait(100)
-    assert [json.loads(line)["step"] for line in (warmed_up / "grpo" / "metrics.jsonl").open()] == list(range(1, 41))
+    called(monkeypatch, warmed_up, "--resume")
+    called(monkeypatch, other)                                             # undisturbed
+    assert [json.loads(line)["step"] for line in (warmed_up / "grpo" / "metrics.jsonl").open()] == list(range(1, 61))
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (warmed_up / "grpo" / name).read_bytes() == (other / "grpo" / name).read_bytes()
+    capsys.readouterr()
     called(monkeypatch, warmed_up, "--resume")
     assert "finished" in capsys.readouterr().out
 
 
-def test_a_checkpoint_of_another_start_or_model_is_refused(warmed_up, tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_of_another_start_or_model_is_refused(warmed_up, tmp_path, monkeypatch):
     """A warm-up made anew, other questions in the file, another model's weights: it went on, or ended in a traceback."""
     file = tmp_path / "questions.jsonl"
     file.write_text("".join(json.dumps(dict(problem=f"What is {i}?", answer=i)) + "\n" for i in range(30)))
-    process = started(warmed_up, "--questions", file)
-    wait_for_lines(warmed_up, 4, process)
-    process.kill()
-    process.communicate()
+    steps, train_step = itertools.count(1), grpo.train_step
+
+    def four(*args):
+        if next(steps) > 4:
+            raise KeyboardInterrupt
+        return train_step(*args)
+
+    monkeypatch.setattr(grpo, "train_step", four)
+    with pytest.raises(SystemExit, match="stopped after step 4"):
+        called(monkeypatch, warmed_up, "--questions", str(file))
     state = json.loads((warmed_up / "grpo" / "checkpoint.json").read_text())
     folder = warmed_up / "grpo" / f"checkpoint-{len(state['history'])}"
 
@@ -627,9 +638,8 @@ def test_an_optimizer_of_a_model_of_another_shape_is_refused(tmp_path):
         grpo.load_optimizer(large, tmp_path / "optimizer.pt")
 
 
-def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(toy, tmp_path, monkeypatch):
+def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(toy, toy_directory, tmp_path, monkeypatch):
     """Overwriting the last checkpoint, or naming the new one before it is whole, loses both."""
-    save_toy_tokenizer(tmp_path / "source")
     calls, real = itertools.count(), os.replace
 
     def replace(*args):
@@ -640,11 +650,11 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(toy, tmp_path,
     for at in range(8):
         out = tmp_path / str(at)
         out.mkdir()
-        save_checkpoint(out, STEPS[:1], toy[1], adamw(toy[1], 1e-3), tmp_path / "source", dict(lr=1))
+        save_checkpoint(out, STEPS[:1], toy[1], adamw(toy[1], 1e-3), toy_directory, dict(lr=1))
         monkeypatch.setattr(os, "replace", replace)
         calls = itertools.count()
         try:
-            save_checkpoint(out, STEPS, toy[1], adamw(toy[1], 1e-3), tmp_path / "source", dict(lr=1))
+            save_checkpoint(out, STEPS, toy[1], adamw(toy[1], 1e-3), toy_directory, dict(lr=1))
         except KeyboardInterrupt:
             pass
         monkeypatch.setattr(os, "replace", real)
@@ -737,12 +747,13 @@ def test_five_steps_in_a_row_without_a_finite_gradient_end_the_run(monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the list of children from Linux's /proc")
-def test_a_second_training_is_refused_and_a_process_that_dies_ends_the_others(warmed_up):
+def test_a_second_training_is_refused_and_a_process_that_dies_ends_the_others(warmed_up, monkeypatch):
     """The others would wait for it in the next sum over processes, for ever; and nobody would say why they end."""
     process = started(warmed_up, "--gpus", "2", "--steps", "10000")
     wait_for_lines(warmed_up, 3, process)
-    second = started(warmed_up, "--gpus", "2", "--steps", "10000", "--resume")     # steps of both would be mixed
-    assert second.communicate(timeout=60)[1].count("another process is training there") == 1 and second.returncode == 1
+    monkeypatch.setattr(grpo, "start_processes", lambda args: pytest.fail("nothing was refused"))
+    with pytest.raises(ValueError, match="another process is training there"):     # steps of both would be mixed
+        called(monkeypatch, warmed_up, "--gpus", "2", "--steps", "10000", "--resume")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGKILL)
     assert "grpo.py: a process was killed by signal 9" in process.communicate(timeout=60)[1] and process.returncode == 1
