@@ -523,18 +523,21 @@ def test_two_processes_take_the_same_step_as_one(tmp_path, monkeypatch):
 
 @pytest.fixture
 def warmed_up(tmp_path, toy_directory, tokenizer):
-    """A run of the toy whose models are tiny and random, ready for grpo.py."""
+    """A run of the toy whose models are tiny and random, ready for grpo.py; now and then they write a 7."""
     run = tmp_path / "run"
     raw = dict(model_type="qwen3", vocab_size=len(tokenizer.known), hidden_size=16, intermediate_size=32,
                num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True)
     for seed, name in enumerate(("slm", "llm", "warmup")):
         shutil.copytree(toy_directory, run / name)
-        save(Transformer(parse_config(raw, "tiny")).initialize(seed), run / name)
+        model = Transformer(parse_config(raw, "tiny")).initialize(seed)
+        with torch.no_grad():
+            model.embed.weight[tokenizer.encode(" 7")] *= 10
+        save(model, run / name)
     (run / "run.json").write_text(json.dumps(dict(toy=True, stages=dict(warmup={}))))
     return run
 
 
-FLAGS = ("--steps 60 --questions-per-step 4 --group 4 --filter-samples 0 --pool 9 --max-new-tokens 9 --save-every 3 "
+FLAGS = ("--steps 40 --questions-per-step 4 --group 4 --filter-samples 0 --pool 9 --max-new-tokens 9 --save-every 3 "
          "--eval-every 0").split()
 
 
@@ -565,28 +568,32 @@ def wait_for_lines(run, n, process):
 
 def test_a_run_that_is_killed_and_stopped_ends_with_the_same_bytes(warmed_up, tmp_path, monkeypatch, capsys):
     """A laptop that sleeps, a scheduler that stops the job: the order of questions or a random state would differ."""
-    other = tmp_path / "other"
+    other, file = tmp_path / "other", tmp_path / "questions.jsonl"
     shutil.copytree(warmed_up, other)
-    process = started(warmed_up)
+    file.write_text("".join(json.dumps(dict(problem=f"What is {i}?", answer=7)) + "\n" for i in range(30)))
+    questions = "--questions", str(file)
+    process = started(warmed_up, *questions)
     wait_for_lines(warmed_up, 8, process)
     process.kill()
     process.communicate()
     for flags, word in (((), "--resume"), (("--lr", "0.5", "--resume"), "lr 0.001, not 0.5")):
         with pytest.raises(ValueError, match=word):
-            called(monkeypatch, warmed_up, *flags)
-    process = started(warmed_up, "--resume")
+            called(monkeypatch, warmed_up, *questions, *flags)
+    process = started(warmed_up, *questions, "--resume")
     wait_for_lines(warmed_up, lines_of(warmed_up) + 4, process)            # beyond those of the killed one
     process.terminate()
     process.terminate()
     errors = process.communicate(timeout=100)[1]
     assert process.returncode == 1 and "go on with --resume" in errors and "Traceback" not in errors
-    called(monkeypatch, warmed_up, "--resume")
-    called(monkeypatch, other)                                             # undisturbed
-    assert [json.loads(line)["step"] for line in (warmed_up / "grpo" / "metrics.jsonl").open()] == list(range(1, 61))
+    called(monkeypatch, warmed_up, *questions, "--resume")
+    called(monkeypatch, other, *questions)                                 # undisturbed
+    assert [json.loads(line)["step"] for line in (warmed_up / "grpo" / "metrics.jsonl").open()] == list(range(1, 41))
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (warmed_up / "grpo" / name).read_bytes() == (other / "grpo" / name).read_bytes()
+    learned, start = (warmed_up / name / "model.safetensors" for name in ("grpo", "warmup"))
+    assert learned.read_bytes() != start.read_bytes()                      # the test itself: bytes that learning made
     capsys.readouterr()
-    called(monkeypatch, warmed_up, "--resume")
+    called(monkeypatch, warmed_up, *questions, "--resume")
     assert "finished" in capsys.readouterr().out
 
 
