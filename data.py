@@ -179,7 +179,9 @@ class Tokenizer:
                 case {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": str(pattern)}}:
                     pass
                 case {"type": "ByteLevel", "add_prefix_space": False} if part is parts[-1]:
-                    pattern = GPT2_SPLIT if part.get("use_regex", True) else "(?s:.+)"
+                    if not part.get("use_regex", True):  # it cuts nothing
+                        continue
+                    pattern = GPT2_SPLIT
                 case _:
                     self._need(False, f"pre-tokenizer {reprlib.repr(part)} is not supported (Digits, an Isolated Split "
                                       "and, at the end, ByteLevel without add_prefix_space are)")

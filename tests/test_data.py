@@ -640,8 +640,8 @@ def test_random_formulas_never_raise():
 
 
 # where math-verify says the opposite, and ours is what is meant
-DIFFERENT = """1080 dollars | 90° | 1 4/5 | 3√13 | 7*pi | (C) 12 apples | \\frac{10}{2} = 5 | \\frac{(1-i) e^{2it}}{4}
- | \\frac{(2n)!}{n!^2} | 4.5 \\times 10^{33} | 4.5 \\cdot 10^{33} \\text{ erg/s} | 52_7 | 6 | 5
+DIFFERENT = """1080 dollars | 1 080 | 90° | 90^\\circ C | 90 °C | 1 4/5 | 3√13 | 7*pi | (C) 12 apples | \\frac{10}{2} = 5
+ | \\frac{(1-i) e^{2it}}{4} | \\frac{(2n)!}{n!^2} | 4.5 \\times 10^{33} | 4.5 \\cdot 10^{33} \\text{ erg/s} | 52_7 | 6 | 5
  | 3 million | 3\\text{ million} | \\$3 million | 3\\text{ thousand} | \\boldsymbol{18} | \\underline{18} | \\emph{18}
  | \\sqrt{2g}\\sqrt{h} | 2r\\sqrt{\\pi G}
  | \\textbf{(C)}\\ 12 | \\text{(C) } 12 | \\mathrm{(C)}\\ 12 | \\text{C. }12 | \\text{Option C}
