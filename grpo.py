@@ -63,7 +63,7 @@ def advantages(rewards, scale=True):
     Equal rewards give exactly 0: they are looked for, since the std of equal float32 numbers need not be 0.
     scale=False leaves out the division (Dr. GRPO, arXiv 2503.20783).
     """
-    rewards = torch.as_tensor(rewards) * 1.0
+    rewards = torch.as_tensor(rewards) * 1.0               # integers and lists, too
     equal = (rewards == rewards[..., :1]).all(dim=-1, keepdim=True)
     centred = rewards - rewards.mean(dim=-1, keepdim=True)
     if scale and rewards.shape[-1] > 1:
