@@ -654,6 +654,9 @@ def run_script(main):
     try:
         try:
             main()
+            if "RANK" in os.environ:                                 # one of several processes: torch's threads now and
+                sys.stdout.flush()                                   # then abort one that ends in the usual way
+                os._exit(0)
         except (ValueError, OSError, KeyboardInterrupt):
             time.sleep(os.environ.get("RANK", "0") != "0")           # of several processes the first one says it
             raise
