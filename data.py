@@ -463,8 +463,8 @@ def load_questions(path, limit=None):
                 questions.append(read_question(row if listed else json.loads(row)))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, UnicodeDecodeError):
-            before = error.object[:error.start]
-            where = f"{path}: line {before.count(10) + 1}"  # newlines
+            number = error.object.count(b"\n", 0, error.start) + 1
+            where = f"{path}: line {number}"
         elif listed and isinstance(error, json.JSONDecodeError):
             where = f"{path}: line {error.lineno}"
         raise ValueError(f"{where}: {error}") from None

@@ -379,9 +379,9 @@ def pretrain_pair(run, args):
             save_toy_tokenizer(run.path / name)
             jobs.append((name, run.path / name, steps, args.seed))
     heard = signal.signal(signal.SIGINT, signal.SIG_IGN)     # the children inherit that: Ctrl-C is for this one to hear
+    context = torch.multiprocessing.spawn(pretrain, (jobs,), len(jobs), join=False, daemon=True)
+    signal.signal(signal.SIGINT, heard)
     try:
-        context = torch.multiprocessing.spawn(pretrain, (jobs,), len(jobs), join=False, daemon=True)
-        signal.signal(signal.SIGINT, heard)
         while not context.join():              # if one fails, or this one, all end
             pass
     except (torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException) as error:

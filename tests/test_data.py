@@ -624,7 +624,7 @@ GOLDS = ["5", "0.5", "(1,2)", "1,2", "x=5", "50\\%", "C", "52_8", "x^2+1=0", "(1
 @pytest.mark.parametrize("number", range(len(JUNK)))
 def test_junk_is_graded_wrong_and_to_the_end(number):
     """A model may write anything: towers of powers, a megabyte of braces. Quadratic time would not come to an end."""
-    for gold in GOLDS if len(JUNK[number]) < 10_000 else ("x=5", "C"):     # both ways to read a text: value, choice
+    for gold in GOLDS if len(JUNK[number]) < 10_000 else [*GOLDS[1:8:3], "C"]:
         assert not grade(JUNK[number], gold)
 
 
