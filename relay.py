@@ -55,6 +55,7 @@ LONGEST = len(b"<call></call>") + 9                   # bytes
 OPEN = b"<call"                                       # what no_calls=True forbids
 CHUNK = 256                                           # tokens of a row read at once: bounds the mask
 PASS = 8192                                           # tokens of all rows read at once: bounds the hidden states
+SLICE = 2**21                                         # logits that a CPU samples from at once: 8 MiB stay cached
 
 
 def command(n):
@@ -355,16 +356,20 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
     def draw(reader, turn, temperature, top_p=1.0, banned=None):
         """One step of a model for these rows: [(row, sampled id, its log-probability, entropy if a router asks)]."""
         order, logits = reader.step(turn)
-        logprobs = log_softmax(logits, known, temperature)
-        if banned is not None:
-            opening = banned[[begun(rows[r].tail) for r in order]]                 # (B, N)
-            logprobs = torch.log_softmax(logprobs.masked_fill(opening, -torch.inf), dim=-1)
-        ids = sample(logprobs, [rows[r].uniforms.item(len(rows[r].out.tokens)) for r in order], temperature, top_p)
-        chosen = logprobs.gather(-1, ids[:, None].to(logprobs.device))[:, 0].tolist()
-        need(not any(map(math.isnan, chosen)),             # where one is, all of its row are: nothing could be sampled
-             "a model's logits are not finite at this --temperature and --dtype (float16 overflows)")
-        entropies = entropy(logprobs).tolist() if router else [0.0] * len(order)
-        return list(zip(order, ids.tolist(), chosen, entropies))
+        drawn, size = [], max(1, SLICE // len(known)) if known.device.type == "cpu" else len(order)
+        for start in range(0, len(order), size):
+            part = order[start:start + size]
+            logprobs = log_softmax(logits[start:start + size], known, temperature)
+            if banned is not None:
+                opening = banned[[begun(rows[r].tail) for r in part]]              # (B, N)
+                logprobs = torch.log_softmax(logprobs.masked_fill(opening, -torch.inf), dim=-1)
+            ids = sample(logprobs, [rows[r].uniforms.item(len(rows[r].out.tokens)) for r in part], temperature, top_p)
+            chosen = logprobs.gather(-1, ids[:, None].to(logprobs.device))[:, 0].tolist()
+            need(not any(map(math.isnan, chosen)),         # where one is, all of its row are: nothing could be sampled
+                 "a model's logits are not finite at this --temperature and --dtype (float16 overflows)")
+            entropies = entropy(logprobs).tolist() if router else [0.0] * len(part)
+            drawn += zip(part, ids.tolist(), chosen, entropies)
+        return drawn
 
     def renew():
         """Take the rows that have ended out, and let others in. Returns those that came.

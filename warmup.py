@@ -276,9 +276,13 @@ def token_logprobs(model, examples, known, temperature=1.0, entropies=False, chu
 
 
 def adamw(model, lr):
-    """The paper's optimizer; lr is set anew at each step (apply_gradient)."""
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.01,
-                             fused=next(model.parameters()).is_cuda)   # on a GPU: else its temporaries are models
+    """The paper's optimizer; lr is set anew at each step (apply_gradient).
+
+    Fused, all of a tensor's step is one operation, without temporaries of its size: at 0.5B on two cores 0.4 s in place
+    of 5. (For the toy's few numbers it changes nothing but their last digits, and so the figures in README.md.)
+    """
+    fused = sum(p.numel() for p in model.parameters()) > 10**6
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.01, fused=fused)
 
 
 def apply_gradient(model, optimizer, lr):
