@@ -626,7 +626,7 @@ TIDY = [(regex.compile(pattern), new) for pattern, new in (
     (r"\^?\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![a-z]))(?:\s*[CF]\b)?|\\frac\s*\{\s*\}\s*\{\s*\}", ""),
     (r"[(\[]?\s*\\begin\{(?:array\}\{[^{}]*|[a-z]?matrix)\}(.*?)\\end\{(?:array|[a-z]?matrix)\}\s*[)\]]?", matrix),
     (r"^\s*(?:[a-zA-Z]\w*)?\s*\\approx|\s*\\approx.*$", ""), (r" +", " "), (r"\\%", "%"), (r"\*\*", "^"),
-    (r"\\(?:cdot|times)(?![a-z])", "*"), (r"\\div(?![a-z])|:", "/"),
+    (r"\\(?:cdot|times)(?![a-z])", "*"), (r"(\w+) ?: ?(\w+) ?: ?(\w+)", r"(\1,\2,\3)"), (r"\\div(?![a-z])|:", "/"),
     (r"\\g(?:e|eq|eqslant)(?![a-z])", ">="), (r"\\l(?:e|eq|eqslant)(?![a-z])", "<="),
     (r"(?:^|\{)([^{}]*)\\over(?![a-z])([^{}]*)(?:\}|$)", r"\\frac{\1}{\2}"), (r"\\[dtc](frac|binom)", r"\\\1"),
     (r"\\frac\s*(\d)\s*(?=[\d{])", r"\\frac{\1}"),
@@ -670,15 +670,35 @@ def items(text):
     return "", parts
 
 
+def as_interval(kind, sides):
+    """x > 3 as the interval from 3 to infinity, 2 < x <= 3 as (2,3]; anything else as it is."""
+    signs = re.findall("[<>]=?", kind)
+    if kind != "".join(signs) or len({sign[0] for sign in signs}) != 1:
+        return kind, sides
+    if signs[0][0] == ">":
+        signs, sides = signs[::-1], sides[::-1]
+    if len(sides) == 2 and re.fullmatch("[a-zA-Z]", sides[0]):
+        signs, sides = ["<", *signs], ["-\\infty", *sides]
+    elif len(sides) == 2:
+        signs, sides = [*signs, "<"], [*sides, "\\infty"]
+    if len(sides) != 3 or not re.fullmatch("[a-zA-Z]", sides[1]):
+        return kind, sides
+    return "(["["=" in signs[0]] + ")]"["=" in signs[1]], sides[::2]
+
+
 def same(given, gold, depth=0):
     """Whether two tidied answers are one: lists in any order; tuples, intervals, matrices in theirs; else by value."""
     if not gold or not given or max(len(given), len(gold)) > 1000 or depth > 4:
         return given == gold != ""
+    if re.fullmatch(r"[-\d.]+", gold):
+        given = re.sub(r"(?<=\d) ?[mgshL]$", "", given)  # 24 m
     a, b = (re.sub(r"(?<!\d) | (?!\d)", "", side) for side in (given, gold))  # 1 2 is not 12
     based = re.fullmatch(r"(\d\w*)_\d+ \1|(\d\w*) \2_\d+", f"{a} {b}")  # 52_8 may be given as 52
     if a == b or based or a.isalpha() and len(a) > 1 and a.lower() == b.lower():
         return True
     (kind, a), (gold_kind, b) = items(given), items(gold)
+    if kind != gold_kind:
+        (kind, a), (gold_kind, b) = as_interval(kind, a), as_interval(gold_kind, b)
     if kind != gold_kind and "=" in (kind, gold_kind):  # x = 5 is 5, but where x + y = 5 is asked for, 5 is not
         if kind == "=":
             return same(a[-1], gold, depth + 1)

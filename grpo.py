@@ -346,7 +346,7 @@ def last_checkpoint(out, settings):
     there, history = state.get("settings"), state.get("history")
     need(isinstance(there, dict) and isinstance(history, list) and all(isinstance(m, dict) for m in history),
          f"{out / 'checkpoint.json'}: not a checkpoint of this program")
-    if difference := differing(there, settings | {"questions": there.get("questions")}):    # the file may have moved
+    if difference := differing(there, settings):
         raise ValueError(f"{out}: its checkpoint was made with {difference}; resume with the same settings, or choose "
                          "another --run")
     return history, out / f"checkpoint-{len(history)}"
@@ -447,8 +447,7 @@ def main():
         print(f"{out} is finished; next: {run.command_line('eval.py', '--questions', 'TEST_FILE')}")
         return
     questions, held_out = training_questions(args, run.toy, "grpo", args.pool, args.eval_questions)
-    texts = hashlib.sha256(json.dumps([q.text for q in questions]).encode()).hexdigest()
-    chosen = settings(args) | dict(weights_at_start=fingerprint(source)[:12], question_texts=texts[:12])
+    chosen = settings(args, questions) | dict(weights_at_start=fingerprint(source)[:12])
     run.open()
     out.mkdir(exist_ok=True)
     history, folder = last_checkpoint(out, chosen)

@@ -547,8 +547,8 @@ def fill_in(args, preset):
 
 
 def differing(there, settings):
-    """The first setting in which two stages differ, as text; None if none."""
-    for key in sorted({*there, *settings}):
+    """The first setting in which two stages differ, as text; None if none. (The question file may have moved.)"""
+    for key in [*sorted({*there, *settings} - {"questions", "question_texts"}), "question_texts"]:
         if there.get(key) != settings.get(key):
             return f"{key} {there.get(key)}, not {settings.get(key)}"
 

@@ -14,7 +14,9 @@ Left out: a choice among the answers (without the wrong ones what the SLM writes
 and one model spread over several GPUs (each process holds both models whole).
 """
 import argparse
+import hashlib
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -136,12 +138,13 @@ def machine_arguments(p):
                    help="compute layers again in the backward pass: slower, smaller")
 
 
-def settings(args):
-    """What run.json keeps of a stage's arguments: all that can change its result."""
+def settings(args, questions):
+    """What run.json keeps of a stage's arguments: all that can change its result, and a hash of its questions."""
     how = ("run", "resume", "gpus", "device", "batch", "micro_tokens", "checkpointing", "save_every", "check",
            "eval_every", "eval_questions")
-    return {k: place(v, args.run) if isinstance(v, Path) else v
-            for k, v in vars(args).items() if k not in how and v is not None}
+    texts = hashlib.sha256(json.dumps([q.text for q in questions]).encode()).hexdigest()
+    return dict(question_texts=texts[:12]) | {k: place(v, args.run) if isinstance(v, Path) else v
+                                              for k, v in vars(args).items() if k not in how and v is not None}
 
 
 def place(path, run):
@@ -462,17 +465,17 @@ def arguments():
 
 def main():
     args = arguments()
-    run = Run(args.run)
-    if run.finished("warmup", settings(args)):
+    run, pair = Run(args.run), {} if args.toy else dict(slm=args.slm, llm=args.llm)
+    for path in pair.values():
+        read_config(path)                      # a wrong directory is named before anything is made
+    pool, checks = training_questions(args, args.toy, "warmup", args.samples, args.check)
+    chosen = settings(args, pool)
+    if run.finished("warmup", chosen):
         print(f"{run.path / 'warmup'} is finished; next: "
               + run.command_line("grpo.py", "--questions", str(args.questions)))
         return
     run.info = dict(toy=args.toy, stages=run.info["stages"])     # without a pair whose warm-up was deleted
-    if not args.toy:
-        for name, path in (("slm", args.slm), ("llm", args.llm)):
-            read_config(path)                  # a wrong directory is named before anything is made
-            run.info[name] = place(path, run.path)
-    pool, checks = training_questions(args, args.toy, "warmup", args.samples, args.check)
+    run.info |= {name: place(path, run.path) for name, path in pair.items()}
     run.open()
     start_processes(args)
     device, frozen = machine(args, args.toy)
@@ -498,7 +501,7 @@ def main():
     check("warmed up, with the LLM", llm)
     if first:
         save(slm, run.path / "warmup", run.directory("slm"))
-        run.finish("warmup", settings(args))
+        run.finish("warmup", chosen)
     print(f"wrote {run.path / 'warmup'}; next: {run.command_line('grpo.py', '--questions', str(args.questions))}")
 
 

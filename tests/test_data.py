@@ -488,7 +488,7 @@ k \\geqslant 2 | k \\ge 2 | k >= 2
 4.5e33 | 4.5 \\times 10^{33} | 4.5 \\cdot 10^{33} \\text{ erg/s}
 15\\mbox{ cm}^2 | 15 | 15\\text{ cm}^2 | 15 cm
 17.5% | 17.5\\% | 0.175
-24 | 24\\text{m} | 24\\,\\mathrm{m} | 24\\text{m}^2 | 24\\ \\mathrm{s} | 24\\,\\mathrm{m\\,s^{-1}} | 24 \\mathrm{m}/\\mathrm{s}
+24 | 24 m | 24m | 24\\text{m} | 24\\,\\mathrm{m} | 24\\text{m}^2 | 24\\ \\mathrm{s} | 24\\,\\mathrm{m\\,s^{-1}} | 24 \\mathrm{m}/\\mathrm{s}
 45 | \\frac{90^\\circ}{2} | {45^\\circ} | 45^{\\circ}
 3000000 | 3 million | 3\\text{ million} | \\$3 million
 3/56 | \\frac{3}{56} \\approx 0.0536
@@ -522,6 +522,10 @@ mg\\sin\\theta(1-\\mu) | mg(1-\\mu)\\sin\\theta
 |a-b| | |b-a| | \\lvert b-a\\rvert
 x=y=2 | x = y = 2 | 2
 x=3,y=4 | y = 4, x = 3 | x = 3, y = 8/2 | 3, 4
+x > 3 | 3 < x | (3,\\infty) | (3, +\\infty)
+(2,3] | 2 < x \\le 3 | 3 \\ge t > 2
+(-\\infty,2)\\cup(3,\\infty) | x < 2 \\text{ or } x > 3 | x>3, x<2
+1:2:3 | 1 : 2 : 3
 """
 WRONG = """
 1/2 | 0.51 | 2 | -1/2 | 1,2 | \\frac{1}{3} | | x
@@ -568,7 +572,11 @@ x=y=2 | x=y+2 | x-y=2
 x=3,y=4 | x=4,y=3
 |x| | x
 \\frac{|x|}{x} | 1
-3, 4 | 3 < 4
+3, 4 | 3 < 4 | (3,4)\\cup(3,4)
+x > 3 | [3,\\infty) | (-\\infty,3) | 3 | x < 3
+[2,3] | 2 < x < 3 | 2 \\le x \\ge 3 | 2 \\le 3
+1:2:3 | 1:6 | 3:2:1 | 1/6
+24 | 24 n | 24 m^2 x | 25 m
 x^2=4 | x=4
 y^2=4x | 4x
 """

@@ -559,6 +559,18 @@ def test_a_roll_out_is_the_same_alone_and_in_any_batch_and_order(families):
             same(alone[i], out)
 
 
+@pytest.mark.parametrize("options", [{}, dict(no_calls=True), dict(router=(2.5, 2.5)), dict(top_p=0.9)], ids=str)
+def test_sampling_for_a_few_rows_at_a_time_changes_nothing(options, monkeypatch):
+    """Each row's id, log-probability, entropy and command's opening have to stay with their row."""
+    slm, llm = pair()
+    options = dict(max_new_tokens=30, temperature=1.0, seed=3) | options
+    want = relay(slm, llm, TOKENIZER, questions(7), **options)
+    assert options.get("no_calls") or any(o.calls for o in want)
+    monkeypatch.setattr(relay_module, "SLICE", 3 * len(TOKENIZER.known))          # three rows, three rows, one
+    for one, other in zip(want, relay(slm, llm, TOKENIZER, questions(7), **options)):
+        same(one, other)
+
+
 def test_chunks_of_a_long_prompt_change_nothing(monkeypatch):
     """A prompt longer than one chunk is read in several; so is a long catch-up after the other model's turn."""
     slm, llm = pair()

@@ -212,6 +212,19 @@ def test_a_gradient_that_is_not_finite_takes_no_step(bad):
     assert not optimizer.state and all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("width", [10, 1100])
+def test_adamw_is_the_same_plain_for_a_small_model_and_fused_for_a_large_one(width):
+    """A first step is lr in the gradient's direction, beside a decay of lr * 0.01; fused is another code for it."""
+    model = torch.nn.Linear(width, width, bias=False)
+    before, optimizer = model.weight.detach().clone(), adamw(model, 1.0)
+    model.weight.grad = torch.randn_like(before)
+    optimizer.param_groups[0]["lr"] = 0.1                          # as apply_gradient() does, before each step
+    optimizer.step()
+    expected = before * (1 - 0.1 * 0.01) - 0.1 * model.weight.grad.sign()
+    close = (model.weight.detach() - expected).abs() < 1e-5
+    assert bool(optimizer.defaults["fused"]) == (width > 1000) and close.float().mean() > 0.99    # not where it is ~0
+
+
 def test_a_step_has_the_gradient_clipped_and_returns_the_norm_before():
     """The logged norm must show what the clip hides."""
     model = small()
