@@ -626,7 +626,8 @@ TIDY = [(regex.compile(pattern), new) for pattern, new in (
     (r"\^?\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![a-z]))(?:\s*[CF]\b)?|\\frac\s*\{\s*\}\s*\{\s*\}", ""),
     (r"[(\[]?\s*\\begin\{(?:array\}\{[^{}]*|[a-z]?matrix)\}(.*?)\\end\{(?:array|[a-z]?matrix)\}\s*[)\]]?", matrix),
     (r"^\s*(?:[a-zA-Z]\w*)?\s*\\approx|\s*\\approx.*$", ""), (r" +", " "), (r"\\%", "%"), (r"\*\*", "^"),
-    (r"\\(?:cdot|times)(?![a-z])", "*"), (r"(\w+) ?: ?(\w+) ?: ?(\w+)", r"(\1,\2,\3)"), (r"\\div(?![a-z])|:", "/"),
+    (r"\\(?:cdot|times)(?![a-z])", "*"),
+    (r"(?<!\w)(\w+) ?: ?(\w+) ?: ?(\w+)", r"(\1,\2,\3)"), (r"\\div(?![a-z])|:", "/"),  # 1:2:3; 3:4
     (r"\\g(?:e|eq|eqslant)(?![a-z])", ">="), (r"\\l(?:e|eq|eqslant)(?![a-z])", "<="),
     (r"(?:^|\{)([^{}]*)\\over(?![a-z])([^{}]*)(?:\}|$)", r"\\frac{\1}{\2}"), (r"\\[dtc](frac|binom)", r"\\\1"),
     (r"\\frac\s*(\d)\s*(?=[\d{])", r"\\frac{\1}"),
