@@ -782,6 +782,31 @@ def test_processes_end_when_the_one_that_started_them_is_killed(warmed_up):
     assert not any(map(alive, children))
 
 
+def test_torchrun_on_two_nodes_trains_what_one_process_trains(warmed_up, tmp_path):
+    """Rank, world and the address to meet at come from torchrun. (Both nodes are this machine, one process on each.)"""
+    alone, file = tmp_path / "alone", tmp_path / "questions.jsonl"
+    shutil.copytree(warmed_up, alone)
+    file.write_text("".join(json.dumps(dict(problem=f"What is {i}?", answer=7)) + "\n" for i in range(30)))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    steps = (*"--steps 4 --questions-per-step 8 --group 8 --max-new-tokens 40 --eval-every 2 --eval-questions 3".split(),
+             "--questions", file)
+    nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}",
+                               "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}", "--",
+                               Path(grpo.__file__), "--run", warmed_up, *FLAGS, *steps], env=ON_CPU,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in (0, 1)]
+    single = started(alone, *steps)
+    said = [process.communicate(timeout=170)[0] for process in (*nodes, single)]
+    assert [process.returncode for process in (*nodes, single)] == [0, 0, 0], said
+    assert "CPU, 2 processes" in said[0] and "next:" not in said[1]          # only the first one speaks
+    first, other = (load(run / "grpo").state_dict() for run in (warmed_up, alone))
+    assert all(torch.allclose(first[name], other[name], rtol=0, atol=1e-5) for name in first)
+    moved = load(warmed_up / "warmup").state_dict()
+    assert any(not torch.allclose(first[name], moved[name], rtol=0, atol=1e-4) for name in first)
+    assert lines_of(warmed_up) == 4
+
+
 @pytest.mark.parametrize("device, fault", [("auto", "this machine has 1"), ("cuda:0", "leave out --device")])
 def test_more_gpus_than_there_are_is_one_line(monkeypatch, device, fault):
     """Found out by the second process only, it would be a traceback among others."""
