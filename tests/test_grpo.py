@@ -24,7 +24,7 @@ from data import toy_questions
 from grpo import advantages, examples_of, k3, last_checkpoint, policy_loss, rewards, save_checkpoint, update
 from model import Config, Transformer, load, parse_config, save
 from needs import memory_needed
-from relay import Call, Rollout, WrongArguments, command, entropy, log_softmax, relay, small_models
+from relay import Call, Rollout, Run, WrongArguments, command, entropy, log_softmax, relay, small_models
 from warmup import adamw, join_processes, start_processes, token_logprobs, warm_up
 
 
@@ -144,6 +144,12 @@ def test_a_question_file_may_move_before_a_run_goes_on(toy, tmp_path):
     assert last_checkpoint(tmp_path, dict(questions="/new/q", question_texts="1f"))[0] == STEPS
     with pytest.raises(ValueError, match="question_texts 1f, not 2e"):
         last_checkpoint(tmp_path, dict(questions="/old/q", question_texts="2e"))
+    run = Run(tmp_path)
+    shutil.copytree(tmp_path / f"checkpoint-{len(STEPS)}", tmp_path / "warmup")
+    run.finish("warmup", dict(questions="/old/q", question_texts="1f"))
+    assert run.finished("warmup", dict(questions="/new/q", question_texts="1f"))
+    with pytest.raises(ValueError, match="question_texts 1f, not 2e"):
+        run.finished("warmup", dict(questions="/old/q", question_texts="2e"))
 
 
 def test_a_command_is_the_text_of_the_paper():
@@ -498,6 +504,12 @@ def all_steps(rank, size, port, out):
         torch.distributed.destroy_process_group()
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def test_two_processes_take_the_same_step_as_one(tmp_path, monkeypatch):
     """Each dividing by its own token count; or (odd=1) the second, with nothing to learn, hanging or making NaN.
 
@@ -506,9 +518,7 @@ def test_two_processes_take_the_same_step_as_one(tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")                      # put back after the test
     monkeypatch.setattr(grpo, "score", grpo.score)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     both = torch.multiprocessing.spawn(all_steps, (2, port, tmp_path / "2"), nprocs=2, join=False)
     all_steps(0, 1, 0, tmp_path / "1")                     # while those two start
     while not both.join():
@@ -554,6 +564,11 @@ def called(monkeypatch, run, *flags):
     grpo.main()
 
 
+def write_questions(file, answers):
+    file.write_text("".join(json.dumps(dict(problem=f"What is {i}?", answer=answer)) + "\n"
+                            for i, answer in enumerate(answers)))
+
+
 def lines_of(run):
     """How many steps metrics.jsonl tells of."""
     metrics = run / "grpo" / "metrics.jsonl"
@@ -570,7 +585,7 @@ def test_a_run_that_is_killed_and_stopped_ends_with_the_same_bytes(warmed_up, tm
     """A laptop that sleeps, a scheduler that stops the job: the order of questions or a random state would differ."""
     other, file = tmp_path / "other", tmp_path / "questions.jsonl"
     shutil.copytree(warmed_up, other)
-    file.write_text("".join(json.dumps(dict(problem=f"What is {i}?", answer=7)) + "\n" for i in range(30)))
+    write_questions(file, [7] * 30)
     questions = "--questions", str(file)
     process = started(warmed_up, *questions)
     wait_for_lines(warmed_up, 8, process)
@@ -600,7 +615,7 @@ def test_a_run_that_is_killed_and_stopped_ends_with_the_same_bytes(warmed_up, tm
 def test_a_checkpoint_of_another_start_or_model_is_refused(warmed_up, tmp_path, monkeypatch):
     """A warm-up made anew, other questions in the file, another model's weights: it went on, or ended in a traceback."""
     file = tmp_path / "questions.jsonl"
-    file.write_text("".join(json.dumps(dict(problem=f"What is {i}?", answer=i)) + "\n" for i in range(30)))
+    write_questions(file, range(30))
     steps, train_step = itertools.count(1), grpo.train_step
 
     def four(*args):
@@ -786,12 +801,10 @@ def test_torchrun_on_two_nodes_trains_what_one_process_trains(warmed_up, tmp_pat
     """Rank, world and the address to meet at come from torchrun. (Both nodes are this machine, one process on each.)"""
     alone, file = tmp_path / "alone", tmp_path / "questions.jsonl"
     shutil.copytree(warmed_up, alone)
-    file.write_text("".join(json.dumps(dict(problem=f"What is {i}?", answer=7)) + "\n" for i in range(30)))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    steps = (*"--steps 4 --questions-per-step 8 --group 8 --max-new-tokens 40 --eval-every 2 --eval-questions 3".split(),
-             "--questions", file)
+    write_questions(file, [7] * 30)
+    port = free_port()
+    steps = *("--steps 4 --questions-per-step 8 --group 8 --max-new-tokens 40 --eval-every 2 --eval-questions 3 "
+              "--questions").split(), file
     nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}",
                                "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}", "--",
                                Path(grpo.__file__), "--run", warmed_up, *FLAGS, *steps], env=ON_CPU,
