@@ -39,7 +39,7 @@ from contextlib import suppress
 import numpy as np
 
 from data import load_questions, split_of, toy_questions
-from model import fingerprint, load, need, write_beside, write_json
+from model import fingerprint, load, need, prepack, write_beside, write_json
 from relay import (COMMAND, Call, Rollout, Run, WrongArguments, command, figures, fill_in, is_right, load_pair, machine,
                    means, parser, positive, relay, run_script, show_presets)
 from warmup import progress_bar
@@ -303,6 +303,7 @@ class Table:
         self.load = lambda name: load(paths[name], device, dtype)
         self.mark = functools.cache(lambda name: fingerprint(paths[name]))
         slm, llm, self.tokenizer = load_pair(paths["slm"], paths["llm"], device, dtype, dtype)
+        prepack(slm, free=True)
         self.models = dict(slm=slm, llm=llm)                   # any other is loaded for each of its rows
         self.rows, self.right, self.pairs = {}, {}, {}         # of each method; right: a share for each question
 
@@ -322,6 +323,7 @@ class Table:
         for kind in sorted({q.kind for q in asked if q.kind}):
             chosen = [(hit, r) for q, hit, r in zip(asked, hits, rollouts) if q.kind == kind]
             by_kind[kind] = dict(questions=len(chosen) // repeat, **means(figures(*zip(*chosen))))
+        # relay() calls the one that writes slm: so it does the LLM, too, where it writes alone
         size = {who: sum(p.numel() for p in model.parameters()) for who, model in zip(("slm", "llm"), models) if model}
         ran = sum(n * size.get(what[:3], 0) for r in rollouts for what, n in r.cost.items())     # what: "llm_decode"...
         right = np.reshape(hits, (-1, repeat)).mean(axis=1)

@@ -5,7 +5,8 @@ its group (no value network), and the tokens that the SLM sampled become more or
 
     A = (r - mean of the group) / (std of the group + 1e-6)                        GRPO, arXiv 2402.03300, section 4.1
     loss = mean over tokens of  max(-A ratio, -A clip(ratio)) + 0.01 KL(policy, warmed-up model)
-           (the max at most 3 |A| where A < 0, so that one token whose ratio has exploded cannot decide)
+           ratio = exp(log p - log p when it was sampled); the max is at most 3 |A| where A < 0, so that one token
+           whose ratio has exploded cannot decide; the KL is estimated from the sampled token alone: see k3()
 
 What is RelayLLM's own is the reward (arXiv 2601.05167, section 4.2). It asks what the group shows about the question:
 can the SLM do it alone, only with help, or not at all? If it can, not calling pays; if not, calling pays; in a right
@@ -31,9 +32,9 @@ from tqdm import tqdm
 from model import fingerprint, load, need, read_json, save, write_beside, write_json
 from relay import (Run, WrongArguments, at_least_zero, differing, figures, fill_in, graded, is_right, load_pair,
                    machine, means, parser, positive, relay, run_script, show_presets)
-from warmup import (Example, adamw, add_up, apply_gradient, hear_signals, join_processes, machine_arguments, meet,
-                    micro_batches, progress_bar, settings, short, start_processes, token_logprobs, training_questions,
-                    world, write_answers)
+from warmup import (Example, adamw, add_up, apply_gradient, hear_signals, join_processes, learning_rate,
+                    machine_arguments, meet, micro_batches, progress_bar, settings, short, start_processes,
+                    token_logprobs, training_questions, world, write_answers)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reward, advantage, loss: pure functions
@@ -41,10 +42,10 @@ from warmup import (Example, adamw, add_up, apply_gradient, hear_signals, join_p
 def rewards(correct, called, rho, solo=1.5):
     """The difficulty-aware reward (RelayLLM, section 4.2), decided for each group of roll-outs of one question.
 
-    | the group has                         | right, no call | right, call | wrong, no call | wrong, call |
-    | a right answer without a call         | solo           | 1 - rho     | 0              | 0           |
-    | else a right answer with a call       |                | 1 - rho     | -1             | 0           |
-    | else none                             |                |             | 0              | rho         |
+    | scenario: the group has                            | right, no call | right, call | wrong, no call | wrong, call |
+    | student-solvable: a right answer without a call    | solo           | 1 - rho     | 0              | 0           |
+    | teacher-dependent: else a right answer with a call |                | 1 - rho     | -1             | 0           |
+    | teacher-unsolvable: else none                      |                |             | 0              | rho         |
 
     correct, called: bool (..., G). rho: the share of tokens that the LLM delivered, float (..., G). Returns (..., G).
     """
@@ -103,7 +104,8 @@ def examples_of(rollouts, llm_tokens=False):
 
 
 def update(policy, reference, optimizer, rollouts, advantage, known, lr, args):
-    """One optimizer step on these roll-outs. Returns sums over its tokens (difference: the largest), for the metrics.
+    """One optimizer step on these roll-outs. Returns for the metrics sums over its tokens, but of "loss" the whole, of
+    "difference" the largest, of "norm" the gradient's (None: no step was taken).
 
     advantage: (number of roll-outs,). The denominator is the number of learned tokens (--loss sequence: of roll-outs)
     of the whole update, over all micro-batches and processes, so that the gradient does not depend on how it is cut.
@@ -156,21 +158,22 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
     start = time.perf_counter()
     rank, size = world()
     mine = range(rank, len(questions), size)
-    prompts = [tokenizer.chat(questions[q].text) for q in mine for _ in range(args.group)]
+    prompts = [tokenizer.chat(questions[i].text) for i in mine for _ in range(args.group)]
     flat = relay(policy, llm, tokenizer, prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
                  llm_temperature=args.llm_temperature, batch=args.batch, on_token=on_token,
-                 seed=[(args.seed, step, q, g) for q in mine for g in range(args.group)])
-    groups = [flat[i:i + args.group] for i in range(0, len(flat), args.group)]       # by index, never by text
-    right, called, reward = score([questions[q] for q in mine], groups, tokenizer, args)
+                 seed=[(args.seed, step, i, g) for i in mine for g in range(args.group)])
+    groups = [flat[at:at + args.group] for at in range(0, len(flat), args.group)]    # by index, never by text
+    right, called, reward = score([questions[i] for i in mine], groups, tokenizer, args)
     advantage = advantages(reward, args.scale_by_std)
     teaches = advantage.any(dim=-1)            # not where all rewards of a group are equal
     middle = time.perf_counter()
 
     sums = []
     for part in range(args.updates):           # old log-probabilities stay those of sampling over all updates
-        here = [i for i, q in enumerate(mine) if q * args.updates // len(questions) == part]   # cut alike everywhere
-        chosen = [i for i in here if teaches[i] or not args.skip_equal]
-        sums.append(update(policy, reference, optimizer, [r for i in chosen for r in groups[i]],
+        # by the question's place in the whole step, so that all processes cut at the same ones
+        here = [k for k, i in enumerate(mine) if i * args.updates // len(questions) == part]
+        chosen = [k for k in here if teaches[k] or not args.skip_equal]
+        sums.append(update(policy, reference, optimizer, [r for k in chosen for r in groups[k]],
                            advantage[chosen].flatten(), known, lr, args))
     total = lambda name: sum(s[name] for s in sums)
     norms = [s["norm"] for s in sums if s["norm"] is not None]     # of the updates that had something to learn
@@ -185,12 +188,15 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
     ratios["loss"] = total("loss"), len(norms) if rank == 0 else 0
     added = add_up(list(ratios.values()))
     metrics = dict(step=step) | means(dict(zip(ratios, added)))
-    drift = max(meet(next((s["difference"] for s in sums if s["norm"] is not None), 0.0)))     # in the first update
+    difference = max(meet(next((s["difference"] for s in sums if s["norm"] is not None), 0.0)))    # in the first update
     metrics |= dict(grad_norm=max(taken, default=None), skipped=len(norms) - len(taken), lr=lr,
-                    sampler_learner_difference=drift, sample_seconds=middle - start,
+                    sampler_learner_difference=difference, sample_seconds=middle - start,
                     learn_seconds=time.perf_counter() - middle)
     return metrics, groups
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which questions (skip it on a first reading)
 
 FILTERED = 1000   # questions whose answers filter_questions() holds in memory, before it notes how far it has come
 
@@ -213,7 +219,7 @@ def filter_questions(questions, llm, tokenizer, args, file):
         many = [q for q in questions[len(solved):len(solved) + FILTERED] for _ in range(n)]
         right = write_answers(llm, None, tokenizer, many, args, "filter", temperature=args.llm_temperature,
                               keep=lambda question, rollout: is_right(question, rollout, tokenizer),
-                              first=len(solved) * n)
+                              start=len(solved) * n)
         solved = solved + [sum(right[i:i + n]) for i in range(0, len(right), n)]
         if world()[0] == 0:
             write_json(file, earlier | {key: solved})
@@ -223,13 +229,12 @@ def filter_questions(questions, llm, tokenizer, args, file):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Settings
+# Settings (skip them on a first reading)
 
 # What the presets differ in. The toy samples at 0.7: at 1.0 it may learn to call always (README.md, "What failed on the
 # way"). Not flags: `ramp` (see train), and `skip_equal` (groups of equal rewards are left out of the update: it saves
-# time, and the mean and the KL are then over the others). In PAPER, in the algorithm's other flags and in `solo` and
-# `dual` above, all that can change the result is from the paper or its code; micro_tokens, checkpointing, eval_every
-# are ours.
+# time, and the mean and the KL are then over the others). PAPER, the defaults of the other flags, and `solo` and `dual`
+# above are the paper's or its code's; but micro_tokens, checkpointing and eval_every are ours.
 TOY = dict(temperature=0.7, max_new_tokens=96, steps=60, questions_per_step=16, group=16, lr=1e-3, updates=1,
            pool=640, filter_samples=2, ramp=20, skip_equal=True, micro_tokens=3000, checkpointing=False, eval_every=20)
 PAPER = dict(temperature=1.0, max_new_tokens=8192, steps=100, questions_per_step=128, group=8, lr=1e-6, updates=4,
@@ -405,7 +410,7 @@ def train(history, questions, held_out, policy, reference, llm, tokenizer, optim
     while len(history) < args.steps and not add_up(len(signals)):
         step, lr = len(history) + 1, args.lr   # constant, as in the paper
         if args.ramp:                          # the toy's falls, and at first rises: no batch is to decide all
-            lr = args.lr * min(1.0, step / args.ramp) * (1 - (step - 1) / args.steps)
+            lr = learning_rate(args.lr, step - 1, args.steps, args.ramp)
         batch = list(itertools.islice(stream, args.questions_per_step))
         try:
             metrics, groups = train_step(step, batch, policy, reference, llm, tokenizer, optimizer, known, lr, args,
@@ -426,7 +431,8 @@ def train(history, questions, held_out, policy, reference, llm, tokenizer, optim
         if llm and (warning := watch(history)) not in (None, told):
             tqdm.write(warning)
             told = warning
-        norms = [m["grad_norm"] for m in history if m["skipped"] or m["grad_norm"] is not None]   # of what was learned
+        # of each step that had something to learn; None: the gradient was not finite, so no update was taken
+        norms = [m["grad_norm"] for m in history if m["skipped"] or m["grad_norm"] is not None]
         need(norms[-5:] != [None] * 5,         # the policy is that of the last step that was taken
              "5 steps in a row had no finite gradient; what was saved before is kept, and --resume goes on from there; "
              "try a smaller --lr in a new run")
@@ -456,7 +462,7 @@ def main():
     start_processes(args)
     device, frozen = machine(args, run.toy)
     first = join_processes(device)
-    lock = only_one(out) if first else None    # open as long as this process lives
+    run.lock = only_one(out) if first else None           # held until this process ends
     policy, llm, tokenizer = load_pair(folder or source, args.llm or run.directory("llm"), device, torch.float32,
                                        frozen)
     policy.checkpointing = args.checkpointing
@@ -496,7 +502,6 @@ def main():
     print(f"sampled {sampled:,.0f} tokens/s; learned for {total('learn_seconds'):,.0f} s")
     print(f"wrote {out}; next: {run.command_line('eval.py', '--questions', 'TEST_FILE')}"
           + " --all" * (args.variant != "grpo"))
-    del lock
 
 
 if __name__ == "__main__":

@@ -41,9 +41,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-X86 = (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-       and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"))     # private: another release may not have it
-RECORD = 4      # on a GPU the 4th decoding step of a given number of rows is recorded, in the time of two
 FAMILIES = ("qwen3", "qwen2", "llama")  # the model_type values of config.json that this transformer covers
 
 
@@ -87,7 +84,7 @@ def rope_frequencies(config):
     Llama 3's scaling divides by `factor` the frequencies whose wavelength exceeds the old context, keeps the fast
     ones, and blends between (Llama 3 herd of models, arXiv 2407.21783; constants from the checkpoint's config).
     """
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    exponent = torch.arange(0, config.head_dim, 2).float() / config.head_dim
     freq = 1.0 / config.rope_theta ** exponent
     scaling = config.rope_scaling
     if scaling is None:
@@ -105,6 +102,7 @@ class Grid(NamedTuple):
 
     Most of a layer's work looks at one token alone, so it pays to have each token once: no padding, and a prompt that
     many rows begin with only one time. (F.embedding(i, x) below is x[i], with a faster gradient.)
+    (An example is in warmup.py, pack(), which makes them.)
     """
     take: torch.Tensor     # (B, T) int64: the place in the list of each row's tokens; anything behind a row's end
     put: torch.Tensor      # (N,) int64: row * T + column where each token stands (one of them: its copies are equal)
@@ -210,10 +208,9 @@ class Transformer(nn.Module):
         x, cos, sin = self.embed(tokens), angle.cos(), angle.sin()
         cos, sin = torch.cat((cos, cos), -1).to(x.dtype), torch.cat((-sin, sin), -1).to(x.dtype)
         for layer, layer_past in zip(self.layers, past):
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, None, grid, use_reentrant=False)
-            else:
-                x = layer(x, cos, sin, layer_past, grid)
+            inputs = x, cos, sin, layer_past, grid
+            recompute = self.checkpointing and torch.is_grad_enabled()
+            x = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
         return self.norm(x)
 
     def logits(self, hidden):
@@ -242,27 +239,44 @@ class Transformer(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Faster matrix products on x86 CPUs (skip it on a first reading)
 
+X86 = (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+       and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"))     # private: another release may not have it
+
+
 def prepack(model, free=False):
-    """Copy weight matrices into the order in which oneDNN's matrix product on x86 CPUs reads them. Elsewhere: nothing.
+    """Copy weight matrices into the order in which matrix products on x86 CPUs read them. Elsewhere: nothing.
 
     PyTorch brings a matrix into that order anew for every product, which for the few rows of a decoding step takes
-    longer than the product itself: packed, a step of 1 to 32 rows takes a half to two thirds of the time. (Matrices
-    of up to 2^16 numbers are in the processor's cache anyway, and left alone.) The copies do not follow the weights:
-    whoever samples from a model that learns calls forget() with what this returns. free=True is for one that does not
-    learn: the originals are freed.
+    longer than the product itself: packed for oneDNN's product, a step of 1 to 32 rows takes a half to two thirds of
+    the time. Float32 weights that came from a checkpoint of 16 bits are packed in half precision, for FBGEMM's product
+    of float32 inputs with them: half as much to read from memory, which is what a step of few rows waits for, and so
+    half the time again. (Matrices of up to 2^16 numbers are in the processor's cache anyway, and left alone.)
+
+    The copies do not follow the weights: whoever samples from a model that learns calls forget() with what this
+    returns. free=True is for one that does not learn: the originals are freed.
     """
     packed, dtype = [], model.embed.weight.dtype
+    fbgemm = dtype == torch.float32 and torch.backends.quantized.engine in ("x86", "fbgemm")
     if not X86 or model.embed.weight.device.type != "cpu" or not (
             dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return packed
     for matrix in model.matrices():
         weight = matrix.weight
         if weight.numel() > 2**16 and not hasattr(weight, "packed"):
-            weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+            if fbgemm and fits_half(weight.detach()):
+                weight.packed = torch.ops.quantized.linear_prepack_fp16(weight.detach(), getattr(matrix, "bias", None))
+            else:
+                weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
             packed.append(weight)
             if free and matrix is not model.embed:         # whose rows are still looked up
                 weight.data = weight.data.new_zeros(1).expand(weight.shape)
     return packed
+
+
+def fits_half(weight):
+    """Whether half precision holds these float32 numbers to 2^-25 (3e-8): it has more digits than bfloat16, and fewer
+    only for numbers below 2^-17. Weights that have learnt in float32 do not fit."""
+    return all((part.half().float() - part).abs().max() <= 2**-25 for part in weight.split(256))
 
 
 def forget(weights):
@@ -276,6 +290,8 @@ def linear(matrix, x):
     packed, bias = getattr(matrix.weight, "packed", None), getattr(matrix, "bias", None)    # an embedding has no bias
     if packed is None:
         return F.linear(x, matrix.weight, bias)
+    if isinstance(packed, torch.ScriptObject):             # FBGEMM's, in half precision; the bias is in it
+        return torch.ops.quantized.linear_dynamic_fp16(x, packed)
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
@@ -406,6 +422,9 @@ class Cache:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Faster decoding on a GPU (skip it on a first reading)
+
+RECORD = 4      # the 4th decoding step of a given number of rows is recorded: that takes the time of two steps
+
 
 class Step:
     """A decoding step, one token a row, recorded on a CUDA GPU and then replayed (a CUDA graph).

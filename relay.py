@@ -17,9 +17,9 @@ Three rules make it exact and cheap.
      a roll-out is the same alone and in any batch (in float32, rounding may decide a near-tie otherwise).
 
 Turns alternate for the whole batch: the SLM runs until every row waits or has ended, then the LLM serves all waiting
-rows as one batch, because its steps are the expensive ones. Of more rows than there are places, the next take those of
-rows that have ended (continuous batching), and the LLM's turn comes when most rows wait. Whatever a model writes is
-data; nothing here raises on it.
+rows as one batch, because its steps are the expensive ones. Where there are more rows than places, a new row takes the
+place of one that has ended (continuous batching), and the LLM's turn comes as soon as most rows wait. Whatever a model
+writes is data; nothing here raises on it.
 
 Left out: both models at work at the same time (the LLM's batches would be smaller, and a roll-out would depend on the
 clock), and an LLM behind a server (what it would have to offer is what Reader does).
@@ -80,7 +80,8 @@ class Rollout:
     tokens: list = field(default_factory=list)      # the response: commands and the end-of-text token included
     by_llm: list = field(default_factory=list)      # for each token: did the LLM write it?
     logprobs: list = field(default_factory=list)    # for each token
-    calls: list = field(default_factory=list)       # of Call, of each command that was obeyed; n = 0 delivers nothing
+    calls: list = field(default_factory=list)       # of Call, of each command that was obeyed; n = 0 delivers nothing,
+                                                    # and where answers with a call are counted it is none
     end: str = ""                                   # "eos", "eos_by_llm", or "length": the budget is spent
     cost: dict = field(default_factory=dict)        # tokens read: slm_prefill, slm_decode, llm_prefill, llm_decode
 
@@ -395,7 +396,7 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
 
     renew()
     while rows:
-        turn = list(rows)                                  # the SLM writes until every row waits for the LLM,
+        turn = list(rows)                                  # the SLM writes until every row waits for the LLM
         while turn:
             drawn = draw(slm_reader, turn, temperature, top_p, banned)
             for r, token, logprob, nats in drawn:
@@ -411,8 +412,8 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
                     row.call(n, n if fixed is None else fixed)
             came = renew()
             turn = [r for r, *_ in drawn if r in rows and not rows[r].owed] + came
-            if coming and 2 * len(turn) < len(rows):       # or, where more are to come, until most wait: they hold
-                break                                      # places that others could take
+            if coming and 2 * len(turn) < len(rows):       # or, where more rows are to come, until most wait: those
+                break                                      # hold places that others could take
 
         turn = [r for r in rows if rows[r].owed]           # the LLM serves all that wait as one batch
         for r in turn:
@@ -762,6 +763,7 @@ def main():
     device, dtype = machine(args, toy)
     slm, llm, tokenizer = load_pair(args.slm or run.path / trained, args.llm or run.directory("llm"), device, dtype,
                                     dtype)
+    prepack(slm, free=True)                                          # once, and not for each question
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for text in questions(args, toy):
         try:

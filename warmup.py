@@ -2,13 +2,14 @@
 
 The warm-up teaches how a call is written, not yet when (RelayLLM, arXiv 2601.05167, section 4.1). The SLM answers
 questions itself; into each answer zero to three commands are put at random places; and the SLM is fine-tuned on the
-result. Because the answers are its own, right or wrong, what it knows does not shift.
+result. Because the answers are its own, right or wrong, what it knows should not shift (README.md, "What failed on the
+way", has the exceptions).
 
     loss = - mean over answer tokens of log p(token | all before it)
 
 With no --slm and --llm the pair is the toy's, and stage 0 trains it here from scratch, one process for each model. What
 both stages need stands first: several processes that train one model, log-probabilities of chosen tokens,
-micro-batches, one optimizer step. On a first reading take token_logprobs() and supervised_step() of it, then stage 1.
+micro-batches, one optimizer step. On a first reading take Example to supervise() of it, then stage 1.
 
 Left out: a choice among the answers (without the wrong ones what the SLM writes would shift), adapters such as LoRA,
 and one model spread over several GPUs (each process holds both models whole).
@@ -47,7 +48,7 @@ from relay import (Run, WrongArguments, command, entropy, fill_in, graded, load_
 #
 # N processes run the same script; each holds both models and takes an N-th of the questions. What they have in common
 # (seeds, order, settings) each computes for itself, so little is sent: rows of metrics, roll-outs where all need all,
-# and the gradient.
+# and the gradient. With one process world() is (0, 1), meet(x) is [x] and add_up(x) is x: read them so at first.
 
 
 def world():
@@ -157,18 +158,18 @@ def progress_bar(*args, **options):
     return tqdm(*args, dynamic_ncols=True, disable=world()[0] > 0, **options)
 
 
-def write_answers(slm, llm, tokenizer, questions, args, label, keep=lambda question, rollout: rollout, first=0,
+def write_answers(slm, llm, tokenizer, questions, args, label, keep=lambda question, rollout: rollout, start=0,
                   **options):
     """relay() over questions with the script's settings and a progress bar; each process writes its share.
 
     Returns what keep(question, rollout) makes of each; only that is sent to the other processes. Question i draws its
-    random numbers by the seed (args.seed, first + i).
+    random numbers by the seed (args.seed, start + i).
     """
     (rank, size), n = world(), len(questions)
     mine = range(rank * n // size, (rank + 1) * n // size)
     with progress_bar(total=len(mine), desc=label, unit="answer", leave=label != "check") as bar:
         options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, batch=args.batch,
-                       seed=[(args.seed, first + i) for i in mine], on_end=lambda *_: bar.update()) | options
+                       seed=[(args.seed, start + i) for i in mine], on_end=lambda *_: bar.update()) | options
         rollouts = relay(slm, llm, tokenizer, [tokenizer.chat(questions[i].text) for i in mine], **options)
     return sum(meet([keep(questions[i], rollout) for i, rollout in zip(mine, rollouts)]), [])
 
@@ -215,7 +216,8 @@ class Example:
 
 
 def micro_batches(examples, most):
-    """Indices of examples, packed by length into batches of at most `most` tokens, padding and shared ones included.
+    """Indices of examples, packed by length into batches of at most `most` tokens, padding and shared ones included (a
+    longer example stands alone).
 
     The roll-outs of one prompt stay together, so that a batch reads it once.
     """
@@ -259,7 +261,8 @@ HEAD = 2**26      # logits in memory at once: 256 MiB in float32
 
 
 def token_logprobs(model, examples, known, temperature=1.0, entropies=False, chunk=None):
-    """Log-probabilities of all learned tokens, (n,), example by example, and the entropies there (n,), no gradient.
+    """Log-probabilities of all learned tokens, (n,), example by example; with entropies=True the entropies there, too,
+    (n,) without a gradient, else None.
 
     Only the positions that predict a learned token pass the output head, `chunk` at a time (default: HEAD logits).
     Where there are several chunks, each one's logits are computed again in the backward pass: with a vocabulary of 152k
@@ -323,16 +326,21 @@ def supervised_step(model, optimizer, examples, known, lr, most):
     return loss
 
 
-def supervise(model, tokenizer, batches, steps, lr, ramp, most, label, position=0):
-    """One update for each batch, a list of examples.
+def learning_rate(lr, step, steps, ramp):
+    """The rate of a step, counted from 0: it rises to `lr` over the first `ramp` steps, and falls to 0 at the end."""
+    return lr * min(1.0, (step + 1) / ramp) * (1 - step / steps)
 
-    The learning rate falls to 0, and rises at first: lr * min(1, (step + 1) / ramp) * (1 - step / steps), step from 0.
+
+def supervise(model, tokenizer, batches, steps, lr, ramp, most, label, position=0):
+    """One update for each batch, a list of examples; micro-batches of at most `most` tokens.
+
+    label and position (the line on the screen) are the progress bar's. ramp: see learning_rate().
     """
     optimizer, known = adamw(model, lr), torch.tensor(tokenizer.known, device=model.embed.weight.device)
     start, read = time.perf_counter(), 0
     with progress_bar(total=steps, desc=label, unit="step", position=position) as bar:
         for step, examples in enumerate(batches):
-            now = lr * min(1.0, (step + 1) / ramp) * (1 - step / steps)
+            now = learning_rate(lr, step, steps, ramp)
             loss = supervised_step(model, optimizer, examples, known, now, most)
             read += sum(len(e.tokens) for e in examples)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -372,7 +380,7 @@ def pretrain(rank, jobs, batch=32):
         return Example(prompt + answer + [tokenizer.end_id], [False] * len(prompt) + learn + [True])
 
     batches = ([example(next(questions)) for _ in range(batch)] for _ in range(steps))
-    supervise(model, tokenizer, batches, steps, corpus["lr"], 50, 1500, f"pretrain {name}", rank)
+    supervise(model, tokenizer, batches, steps, corpus["lr"], 50, 1500, f"pretrain {name}", position=rank)
     save(model, directory)
 
 
@@ -447,7 +455,7 @@ def arguments():
     g.add_argument("--samples", type=positive(int), help="own answers to learn from")
     g.add_argument("--epochs", type=positive(int), help="passes over them")
     g.add_argument("--lr", type=positive(float), help="learning rate, before its rise and fall")
-    g.add_argument("--batch-size", type=positive(int), help="answers an update")
+    g.add_argument("--batch-size", type=positive(int), help="answers an update (not --batch, which is for sampling)")
     g.add_argument("--max-n", type=positive(int), help="longest call that is shown")
     g.add_argument("--check", type=positive(int), default=500, help="questions asked before and after (500)")
     g = p.add_argument_group("the toy's pretraining")

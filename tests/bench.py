@@ -140,7 +140,8 @@ class Bench:
         if self.quick:
             shape.update(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=300, head_dim=8,
                          num_attention_heads=4, num_key_value_heads=2)
-        model = Transformer(parse_config(shape, name)).initialize(0).to(self.device, dtype).eval()
+        model = Transformer(parse_config(shape, name)).initialize(0).bfloat16()    # as published: in 16 bits
+        model = model.to(self.device, dtype).eval()
         prepack(model)
         return model, None
 
@@ -173,7 +174,8 @@ class Bench:
         def products():
             for matrix in matrices:
                 linear(matrix, inputs[matrix.weight.shape[1]])
-        return lambda: self.seconds(products), sum(w.numel() * w.element_size() for w in weights)
+        half = lambda w: isinstance(getattr(w, "packed", None), torch.ScriptObject)          # see prepack()
+        return lambda: self.seconds(products), sum(w.numel() * (2 if half(w) else w.element_size()) for w in weights)
 
     def add(self, work, dtype, ours, rival="", against="", ratio=None, gbs=None, share=None):
         line = (work, str(dtype).removeprefix("torch."), ours, rival, against, "" if ratio is None else f"{ratio:.2f}x",
@@ -620,9 +622,9 @@ def grpo_row(bench):
                 shape = dict(SHAPES["toy"], vocab_size=len(tokenizer.known), eos_token_id=tokenizer.end_id)
                 save(Transformer(parse_config(shape, "toy")).initialize(0), made)
             asked = [f"Dan buys {i + 2} lutes and a basket for 5 coins. How many coins does Dan pay?" for i in range(n)]
-            steps = bench.size(3, 1)
-            ours = our_steps(path or made, asked, group, tokens, steps)
-            theirs = trl_steps(path or made, asked, group, tokens, steps)
+            steps = bench.size(4, 2)           # the first does not count: no policy has learnt before it
+            ours = our_steps(path or made, asked, group, tokens, steps)[1:]
+            theirs = trl_steps(path or made, asked, group, tokens, steps)[1:]
         best = min(ours, key=sum)
         bench.add(f"{work}, {n} x {group} x {tokens}", torch.float32, f"{sum(best):.2f} s", f"{min(theirs):.2f} s",
                   "TRL", min(theirs) / sum(best))

@@ -420,7 +420,7 @@ def test_the_filter_keeps_what_the_llm_solves_often_enough_and_asks_it_once(tmp_
     """170,000 answers of the LLM were written again by every --resume and every variant."""
     asked = []
 
-    def answers(llm, nobody, tokenizer, questions, args, label, keep, temperature, first):
+    def answers(llm, nobody, tokenizer, questions, args, label, keep, temperature, start):
         asked.append(len(questions))
         return [q.number >= i % args.filter_samples for i, q in enumerate(questions)]
 
@@ -440,10 +440,10 @@ def test_the_filter_keeps_what_the_llm_solves_often_enough_and_asks_it_once(tmp_
     assert choose(dtype=torch.bfloat16) == [1, 2, 3, 4] and asked == [24, 12, 24]        # another LLM, in effect
     monkeypatch.setattr(grpo, "FILTERED", 4)
 
-    def killed(*args, first, **options):
-        if first:
+    def killed(*args, start, **options):
+        if start:
             raise KeyboardInterrupt
-        return answers(*args, first=first, **options)
+        return answers(*args, start=start, **options)
 
     monkeypatch.setattr(grpo, "write_answers", killed)
     with pytest.raises(KeyboardInterrupt):

@@ -194,16 +194,34 @@ def test_positions_enter_only_as_differences():
 
 @pytest.mark.skipif(not chapter.X86, reason="weights are packed on x86 CPUs only")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_weights_give_the_same_logits(family):
+@pytest.mark.parametrize("published", [torch.float32, torch.bfloat16, torch.float16])
+def test_packed_weights_give_the_same_logits(family, published):
     """Packing is for speed alone; and it forgot the bias, or the head of a model whose head is its embedding."""
     model = tiny(family, dtype=torch.float32, hidden_size=512, head_dim=128, intermediate_size=300, vocab_size=130)
-    tokens = tokens_of(0, 3, 7)
+    model, tokens = model.to(published).float(), tokens_of(0, 3, 7)
     with torch.inference_mode():
         plain, packed = model(tokens), prepack(model)
         assert len(packed) == 2 * 4 + 1 and prepack(model) == []                  # every matrix, the head too; and once
         assert (model(tokens) - plain).abs().max() < 1e-5 * plain.abs().max()
     forget(packed)
     assert not any(hasattr(weight, "packed") for weight in model.parameters())
+
+
+@pytest.mark.skipif(torch.backends.quantized.engine not in ("x86", "fbgemm"), reason="FBGEMM is for x86 CPUs only")
+def test_only_weights_that_half_precision_holds_are_packed_in_it():
+    """A policy's weights, which learn in float32, were rounded: its log-probabilities were no longer the learner's."""
+    model = tiny("qwen2", dtype=torch.float32, hidden_size=512, intermediate_size=300, vocab_size=130)
+    published, learnt, large, broken = (m.weight for m in model.matrices()[:4])
+    with torch.no_grad():
+        for weight in (published, learnt, large, broken):
+            weight.copy_(weight.bfloat16())
+        published[0, :3] = torch.tensor([2.0**-20 * 1.5, 1e-30, 60000.0])    # to 2^-25, and up to half's largest number
+        learnt[-1, -1] = 0.1
+        large[-1, -1] = 2.0**17
+        broken[-1, -1] = torch.nan
+    prepack(model)
+    halved = [isinstance(matrix.weight.packed, torch.ScriptObject) for matrix in model.matrices()[:4]]
+    assert halved == [True, False, False, False]
 
 
 @pytest.mark.skipif(not chapter.X86, reason="weights are packed on x86 CPUs only")
