@@ -105,7 +105,7 @@ def examples_of(rollouts, llm_tokens=False):
 
 def update(policy, reference, optimizer, rollouts, advantage, known, lr, args):
     """One optimizer step on these roll-outs. Returns for the metrics sums over its tokens, but of "loss" the whole, of
-    "difference" the largest, of "norm" the gradient's (None: no step was taken).
+    "difference" the largest, of "norm" the gradient's (None: nothing to learn).
 
     advantage: (number of roll-outs,). The denominator is the number of learned tokens (--loss sequence: of roll-outs)
     of the whole update, over all micro-batches and processes, so that the gradient does not depend on how it is cut.
@@ -233,8 +233,8 @@ def filter_questions(questions, llm, tokenizer, args, file):
 
 # What the presets differ in. The toy samples at 0.7: at 1.0 it may learn to call always (README.md, "What failed on the
 # way"). Not flags: `ramp` (see train), and `skip_equal` (groups of equal rewards are left out of the update: it saves
-# time, and the mean and the KL are then over the others). PAPER, the defaults of the other flags, and `solo` and `dual`
-# above are the paper's or its code's; but micro_tokens, checkpointing and eval_every are ours.
+# time, and the mean and the KL are then over the others). PAPER, the defaults of the algorithm's other flags, and `solo`
+# and `dual` above are the paper's or its code's; but micro_tokens, checkpointing and eval_every are ours.
 TOY = dict(temperature=0.7, max_new_tokens=96, steps=60, questions_per_step=16, group=16, lr=1e-3, updates=1,
            pool=640, filter_samples=2, ramp=20, skip_equal=True, micro_tokens=3000, checkpointing=False, eval_every=20)
 PAPER = dict(temperature=1.0, max_new_tokens=8192, steps=100, questions_per_step=128, group=8, lr=1e-6, updates=4,

@@ -52,7 +52,7 @@ from model import Cache, forget, load, need, prepack, read_config, read_json, wr
 
 COMMAND = re.compile(rb"<call>([0-9]{1,9})</call>")   # nine digits at most: the text kept to find one is bounded
 LONGEST = len(b"<call></call>") + 9                   # bytes
-OPEN = b"<call"                                       # what no_calls=True forbids
+OPEN = b"<call"                                       # what no_calls=True forbids: no command is without it
 CHUNK = 256                                           # tokens of a row read at once: bounds the mask
 PASS = 8192                                           # tokens of all rows read at once: bounds the hidden states
 SLICE = 2**21                                         # logits that a CPU samples from at once: 8 MiB stay cached

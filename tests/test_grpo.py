@@ -117,7 +117,7 @@ def test_the_kl_estimate_is_zero_with_zero_slope_where_policy_and_reference_agre
     assert logprobs.grad.abs().max() == 0 and k3(torch.tensor([-1.0]), torch.tensor([-2.0])) > 0
 
 
-def test_kl_and_drift_start_at_zero(toy):
+def test_kl_and_the_difference_to_the_sampler_start_at_zero(toy):
     """Policy and reference are the same weights before the first update, in the same precision."""
     tokenizer, policy, reference, _ = toy
     rollouts = some_rollouts(toy)

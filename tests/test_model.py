@@ -207,7 +207,7 @@ def test_packed_weights_give_the_same_logits(family, published):
     assert not any(hasattr(weight, "packed") for weight in model.parameters())
 
 
-@pytest.mark.skipif(torch.backends.quantized.engine not in ("x86", "fbgemm"), reason="FBGEMM is for x86 CPUs only")
+@pytest.mark.skipif(not chapter.FBGEMM, reason="FBGEMM is for x86 CPUs only")
 def test_only_weights_that_half_precision_holds_are_packed_in_it():
     """A policy's weights, which learn in float32, were rounded: its log-probabilities were no longer the learner's."""
     model = tiny("qwen2", dtype=torch.float32, hidden_size=512, intermediate_size=300, vocab_size=130)
@@ -225,9 +225,11 @@ def test_only_weights_that_half_precision_holds_are_packed_in_it():
 
 
 @pytest.mark.skipif(not chapter.X86, reason="weights are packed on x86 CPUs only")
-def test_a_model_that_is_only_sampled_from_holds_its_weights_once():
+@pytest.mark.parametrize("published", [torch.float32, torch.bfloat16])
+def test_a_model_that_is_only_sampled_from_holds_its_weights_once(published):
     """A packed copy beside the original took a laptop's memory twice."""
-    model, tokens = tiny("qwen2", dtype=torch.float32, hidden_size=512, vocab_size=130), tokens_of(0, 3, 7)
+    model = tiny("qwen2", dtype=torch.float32, hidden_size=512, vocab_size=130).to(published).float()
+    tokens = tokens_of(0, 3, 7)
     shapes = [p.shape for p in model.parameters()]
     with torch.inference_mode():
         plain = model(tokens)
