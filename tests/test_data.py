@@ -1,8 +1,9 @@
 """Tests of data.py: tokenizer, chat formats, benchmark files, grading, and the toy.
 
 golden/tokenizers/ holds small tokenizers of each family's shape and what transformers makes of texts with them
-(make_golden_data.py made it). Where transformers or math-verify is installed, they are asked directly. Set
-RELAYLLM_MODELS to a folder of real checkpoints to compare those, too.
+(make_golden_data.py made it); golden/answers.jsonl holds answers of real models (make_golden_answers.py). Where
+transformers or math-verify is installed, they are asked directly. Set RELAYLLM_MODELS to a folder of real checkpoints
+to compare those, too.
 """
 import itertools
 import json
@@ -676,6 +677,13 @@ def test_grading_agrees_with_math_verify():
             theirs = math_verify.verify(math_verify.parse(f"${gold}$"), math_verify.parse(f"$\\boxed{{{given}}}$"))
             verdicts[gold, given] = theirs == grade(f"$\\boxed{{{given}}}$", gold)
     assert sum(verdicts.values()) >= 0.98 * len(verdicts), [pair for pair, fine in verdicts.items() if not fine]
+
+
+def test_grading_agrees_with_math_verify_on_answers_that_models_wrote():
+    """What people write to test a grader is not what models write; the library's verdicts are in the file."""
+    lines = (GOLDEN.parent / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    agree = [grade(answer["text"], answer["gold"]) == answer["math_verify"] for answer in map(json.loads, lines)]
+    assert len(agree) >= 150 and sum(agree) >= 0.98 * len(agree)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
