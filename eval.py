@@ -39,7 +39,7 @@ from contextlib import suppress
 import numpy as np
 
 from data import load_questions, split_of, toy_questions
-from model import fingerprint, load, need, prepack, write_beside, write_json
+from model import fingerprint, load, need, write_beside, write_json
 from relay import (COMMAND, Call, Rollout, Run, WrongArguments, command, figures, fill_in, is_right, load_pair, machine,
                    means, parser, positive, relay, run_script, show_presets)
 from warmup import progress_bar
@@ -302,8 +302,7 @@ class Table:
         self.questions, self.answers, self.args = questions, answers, args
         self.load = lambda name: load(paths[name], device, dtype)
         self.mark = functools.cache(lambda name: fingerprint(paths[name]))
-        slm, llm, self.tokenizer = load_pair(paths["slm"], paths["llm"], device, dtype, dtype)
-        prepack(slm, free=True)
+        slm, llm, self.tokenizer = load_pair(paths["slm"], paths["llm"], device, dtype)
         self.models = dict(slm=slm, llm=llm)                   # any other is loaded for each of its rows
         self.rows, self.right, self.pairs = {}, {}, {}         # of each method; right: a share for each question
 

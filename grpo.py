@@ -233,8 +233,8 @@ def filter_questions(questions, llm, tokenizer, args, file):
 
 # What the presets differ in. The toy samples at 0.7: at 1.0 it may learn to call always (README.md, "What failed on the
 # way"). Not flags: `ramp` (see train), and `skip_equal` (groups of equal rewards are left out of the update: it saves
-# time, and the mean and the KL are then over the others). PAPER, the defaults of the algorithm's other flags, and `solo`
-# and `dual` above are the paper's or its code's; but micro_tokens, checkpointing and eval_every are ours.
+# time, and the mean and the KL are then over the others). PAPER, the defaults of the algorithm's other flags, and
+# `solo` and `dual` above are the paper's or its code's; but micro_tokens, checkpointing and eval_every are ours.
 TOY = dict(temperature=0.7, max_new_tokens=96, steps=60, questions_per_step=16, group=16, lr=1e-3, updates=1,
            pool=640, filter_samples=2, ramp=20, skip_equal=True, micro_tokens=3000, checkpointing=False, eval_every=20)
 PAPER = dict(temperature=1.0, max_new_tokens=8192, steps=100, questions_per_step=128, group=8, lr=1e-6, updates=4,
@@ -463,8 +463,8 @@ def main():
     device, frozen = machine(args, run.toy)
     first = join_processes(device)
     run.lock = only_one(out) if first else None           # held until this process ends
-    policy, llm, tokenizer = load_pair(folder or source, args.llm or run.directory("llm"), device, torch.float32,
-                                       frozen)
+    policy, llm, tokenizer = load_pair(folder or source, args.llm or run.directory("llm"), device, frozen,
+                                       learns=True)
     policy.checkpointing = args.checkpointing
     reference = load(source, device)
     need(policy.config == reference.config, f"{folder}: its model is not of the shape of {source}")

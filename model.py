@@ -252,7 +252,8 @@ def prepack(model, free=False):
     longer than the product itself: packed for oneDNN's product, a step of 1 to 32 rows takes a half to two thirds of
     the time. Float32 weights that came from a checkpoint of 16 bits are packed in half precision, for FBGEMM's product
     of float32 inputs with them: half as much to read from memory, which is what a step of few rows waits for: it
-    takes a half to 70% of that time. (Matrices of up to 2^16 numbers are in the processor's cache anyway, and left alone.)
+    takes a half to 70% of that time. (Matrices of up to 2^16 numbers are in the processor's cache anyway, and left
+    alone.)
 
     The copies do not follow the weights: whoever samples from a model that learns calls forget() with what this
     returns. free=True is for one that does not learn: the originals are freed.

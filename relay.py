@@ -635,8 +635,11 @@ def machine(args, toy=False):
     return device, torch.bfloat16 if native and not toy else torch.float32
 
 
-def load_pair(slm_path, llm_path, device, slm_dtype, llm_dtype):
-    """(SLM, LLM, their tokenizer). A pair that does not read the same tokens is refused."""
+def load_pair(slm_path, llm_path, device, dtype, learns=False):
+    """(SLM, LLM, their tokenizer). A pair that does not read the same tokens is refused.
+
+    dtype: that of models which do not learn. An SLM that learns is in float32; all others are packed, once and for all.
+    """
     configs = {path: read_config(path) for path in (slm_path, llm_path)}    # first of all: it names the model type
     tokenizer, other = Tokenizer(slm_path), Tokenizer(llm_path)
     if difference := tokenizer.difference(other):
@@ -645,8 +648,9 @@ def load_pair(slm_path, llm_path, device, slm_dtype, llm_dtype):
     for path, config in configs.items():
         need(config.vocab_size >= len(tokenizer.known),
              f"{path}: {config.vocab_size} embeddings for {len(tokenizer.known)} token ids")
-    slm, llm = load(slm_path, device, slm_dtype), load(llm_path, device, llm_dtype)
-    prepack(llm, free=True)
+    slm, llm = load(slm_path, device, torch.float32 if learns else dtype), load(llm_path, device, dtype)
+    for model in [llm] if learns else [slm, llm]:
+        prepack(model, free=True)
     return slm, llm, tokenizer
 
 
@@ -761,9 +765,7 @@ def main():
     trained = "grpo" if run.has("grpo") else "warmup"
     args.llm_temperature = run.llm_temperature
     device, dtype = machine(args, toy)
-    slm, llm, tokenizer = load_pair(args.slm or run.path / trained, args.llm or run.directory("llm"), device, dtype,
-                                    dtype)
-    prepack(slm, free=True)                                          # once, and not for each question
+    slm, llm, tokenizer = load_pair(args.slm or run.path / trained, args.llm or run.directory("llm"), device, dtype)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for text in questions(args, toy):
         try:

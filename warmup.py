@@ -491,7 +491,7 @@ def main():
     if args.toy and first:
         pretrain_pair(run, args)
     meet()
-    slm, llm, tokenizer = load_pair(run.directory("slm"), run.directory("llm"), device, torch.float32, frozen)
+    slm, llm, tokenizer = load_pair(run.directory("slm"), run.directory("llm"), device, frozen, learns=True)
     pool, checks = (short(questions, tokenizer, slm, llm) for questions in (pool, checks))
 
     def check(label, llm):

@@ -875,7 +875,7 @@ def test_what_ends_a_text_of_either_model_ends_a_response(tmp_path, toy_director
         shutil.copytree(toy_directory, tmp_path / name)
         raw = raw_config("qwen3", vocab_size=len(Tokenizer(toy_directory).known), eos_token_id=end)
         save(tiny("qwen3", dtype=torch.float32, **raw), tmp_path / name)
-    tokenizer = relay_module.load_pair(tmp_path / "slm", tmp_path / "llm", "cpu", torch.float32, torch.float32)[2]
+    tokenizer = relay_module.load_pair(tmp_path / "slm", tmp_path / "llm", "cpu", torch.float32)[2]
     assert tokenizer.end_ids == Tokenizer(tmp_path / "slm").end_ids | {65, 66}
 
 
