@@ -54,7 +54,8 @@ COMMAND = re.compile(rb"<call>([0-9]{1,9})</call>")   # nine digits at most: the
 LONGEST = len(b"<call></call>") + 9                   # bytes
 OPEN = b"<call"                                       # what no_calls=True forbids: no command is without it
 CHUNK = 256                                           # tokens of a row read at once: bounds the mask
-PASS = 8192                                           # tokens of all rows read at once: bounds the hidden states
+PASS = 8192                                           # tokens of all rows read at once: bounds the hidden states,
+STATES = 2**21                                        # on a CPU to 8 MiB of the widest, so that they stay in its cache
 SLICE = 2**21                                         # logits that a CPU samples from at once: 8 MiB stay cached
 
 
@@ -198,7 +199,8 @@ class Reader:
 
         Returns the rows in cache order and what the last pass gave: hidden states, or logits (B, V) with last=True.
         """
-        chunk, texts = max(min(CHUNK, PASS // len(goal)), 1), self.texts
+        most = min(PASS, STATES // self.model.config.ffn) if self.cache.like.device.type == "cpu" else PASS
+        chunk, texts = max(min(CHUNK, most // len(goal)), 1), self.texts
         while True:
             long = [row for row in goal if goal[row] - texts[row].cached > chunk]
             order = self.cache.arrange(long or list(goal))
