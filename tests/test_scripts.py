@@ -10,6 +10,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -68,6 +69,15 @@ def test_the_four_scripts_make_a_whole_run(run):
         assert all(word in text for word in words), text
     assert all(text.count("next:") == 1 for text in said[:3])          # only one of the processes speaks
     assert said[3].startswith("What does Amy pay?\n")                  # a pipe is read, although a toy has questions
+
+
+def test_the_first_picture_of_the_readme_is_drawn_from_a_run(run):
+    """A picture that nobody can make again shows nothing."""
+    picture = ElementTree.fromstring(script("docs/make_relay_svg.py", "--run", run[0]))
+    texts = ["".join(text.itertext()) for text in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts[0].endswith("pay?") and texts[-4:] == ["question", "written by the SLM", "its command",
+                                                        "written by the LLM"]
+    assert "".join(texts[1:-4])                            # and between them the answer
 
 
 def test_every_row_of_the_table_has_every_key(run):
