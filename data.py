@@ -538,7 +538,7 @@ def grade(response, answer):
 
 
 def last_boxed(text):
-    """What stands in the last \\boxed{...} that is closed, nested braces included; None without one. One pass."""
+    """What stands in the last \\boxed{...} that is closed, nested braces included; None without one. In linear time."""
     found, open_braces = None, []
     text = re.sub(r"\\boxed\s+(\d+)", r"\\boxed{\1}", text)
     for brace in re.finditer(r"\\\\(?!boxed|fbox)|\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]", text):

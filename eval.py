@@ -40,8 +40,8 @@ import numpy as np
 
 from data import load_questions, split_of, toy_questions
 from model import fingerprint, load, need, write_beside, write_json
-from relay import (COMMAND, Call, Rollout, Run, WrongArguments, command, figures, fill_in, is_right, load_pair, machine,
-                   means, parser, positive, relay, run_script, show_presets)
+from relay import (Call, Rollout, Run, WrongArguments, command, figures, fill_in, is_right, load_pair, machine, means,
+                   parser, plain_text, positive, relay, run_script, show_presets)
 from warmup import progress_bar
 
 TOY = dict(temperature=0.7, max_new_tokens=96, limit=1000, fixed=[1, 4, 9])
@@ -149,9 +149,9 @@ def where_calls_happen(answers, tokenizer):
     counts = defaultdict(Counter)
     for question, r in answers:
         for call in (call for call in r.calls if call.delivered):
-            text = COMMAND.sub(b"", b"".join(tokenizer.token_bytes[t] for t in r.tokens[:call.position]))
+            before = Rollout([], r.tokens[:call.position], r.by_llm[:call.position])
             counts["calls in the part of the answer from"][f"{call.position * 10 // len(r.tokens) * 10}%"] += 1
-            counts["words before a call"][" ".join(text.decode("utf-8", "replace").split()[-3:])] += 1
+            counts["words before a call"][" ".join(plain_text(before, tokenizer).split()[-3:])] += 1
             counts[f"n asked, {question.kind or 'all'}"][call.asked] += 1
     return {what: dict(counter.most_common(10)) for what, counter in counts.items()}
 
@@ -238,6 +238,9 @@ def page(rows, answers, tokenizer, picture):
             parts.append(f"<mark>{text}</mark>" if by_llm else text)
     return "".join(parts) + "\n"
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script
 
 def arguments():
     p = parser("The table: every method on the same fresh questions.", "python eval.py --run runs/toy")

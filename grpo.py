@@ -250,7 +250,7 @@ def arguments():
     g.add_argument("--steps", type=positive(int), help="batches of roll-outs")
     g.add_argument("--questions-per-step", type=positive(int), help="questions of a batch")
     g.add_argument("--group", type=positive(int), help="roll-outs of each question, G")
-    g.add_argument("--lr", type=positive(float), help="learning rate; the toy's falls to 0")
+    g.add_argument("--lr", type=positive(float), help="learning rate; the toy's rises and falls to 0")
     g.add_argument("--kl", type=at_least_zero(float), default=0.01,
                    help="weight of the KL to the warmed-up model (0.01, as in RelayLLM; GRPO, arXiv 2402.03300)")
     g.add_argument("--reward", choices=["difficulty", "simple"], default="difficulty",

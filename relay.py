@@ -55,7 +55,7 @@ LONGEST = len(b"<call></call>") + 9                   # bytes
 OPEN = b"<call"                                       # what no_calls=True forbids: no command is without it
 CHUNK = 256                                           # tokens of a row read at once: bounds the mask
 PASS = 8192                                           # tokens of all rows read at once: bounds the hidden states,
-STATES = 2**21                                        # on a CPU to 8 MiB of the widest, so that they stay in its cache
+STATES = 2**21                                        # on a CPU to so many numbers of width ffn: they stay in its cache
 SLICE = 2**21                                         # logits that a CPU samples from at once: 8 MiB stay cached
 
 
@@ -75,7 +75,7 @@ class Rollout:
     """One response and how it came about.
 
     logprobs: for each token of the SLM its log-probability at the sampling temperature (at 0: of the plain softmax),
-    before top-p cuts; 0.0 for each token of the LLM.
+    before top-p cuts, without what no_calls=True forbids; 0.0 for each token of the LLM.
     """
     prompt: list
     tokens: list = field(default_factory=list)      # the response: commands and the end-of-text token included
@@ -606,24 +606,19 @@ class Run:
         return shlex.join(["python", script, "--run", self.path.as_posix(), *([] if self.toy else more)])
 
 
-def keep_memory():
-    """On a CPU glibc is to keep freed memory for the next tensors. It gives large pieces back to Linux, which has to
-    clear each page before the next use: a seventh of a learning step at 0.5B, a third of the toy's."""
+def small_models():
+    """Settings for models as small as the toy's: one thread, because more would only wait for each other; and glibc
+    keeps freed memory instead of giving it back to Linux page by page at each step, a third of the time."""
+    torch.set_num_threads(1)
     with suppress(AttributeError, OSError, TypeError):     # another system, another C library
         libc = ctypes.CDLL(None)
-        libc.mallopt(-1, 2**31 - 1)                        # M_TRIM_THRESHOLD: nothing goes back
-        libc.mallopt(-2, 2**30)                            # M_TOP_PAD: grow by a GiB, of which only what is used counts
-        libc.mallopt(-4, 0)                                # M_MMAP_MAX: no piece is outside of what is kept
-
-
-def small_models():
-    """Settings for models as small as the toy's. One thread, because more would only wait for each other."""
-    torch.set_num_threads(1)
-    keep_memory()
+        libc.mallopt(-1, 1 << 30)                          # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 1 << 25)                          # M_MMAP_THRESHOLD
 
 
 def machine(args, toy=False):
-    """(device, dtype of the models that are not trained) that --device and --dtype ask for; the toy's is float32."""
+    """(device, dtype of the models that are not trained) that --device and --dtype ask for; "auto" is float32 for the
+    toy."""
     if toy:
         small_models()
     device = args.device
@@ -634,8 +629,6 @@ def machine(args, toy=False):
         torch.zeros(1, device=device).item()             # "meta" has no values
     except (RuntimeError, AssertionError, ImportError):
         raise WrongArguments(f"--device {device} is not to be had on this machine; try --device cpu") from None
-    if device == "cpu":
-        keep_memory()
     if device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")       # TF32: factors of 10 bits, sums in float32; many times as fast
         torch.backends.cuda.enable_cudnn_sdp(False)      # it plans anew for every shape, and each turn has its own
@@ -653,7 +646,8 @@ def load_pair(slm_path, llm_path, device, dtype, learns=False):
     configs = {path: read_config(path) for path in (slm_path, llm_path)}    # first of all: it names the model type
     tokenizer, other = Tokenizer(slm_path), Tokenizer(llm_path)
     if difference := tokenizer.difference(other):
-        raise ValueError(f"{slm_path} and {llm_path} do not have the same tokenizer: {difference}")
+        raise ValueError(f"{slm_path} and {llm_path} do not have the same tokenizer (take two models of one family): "
+                         f"{difference}")
     tokenizer.end_ids |= other.end_ids                               # what ends a text of either ends it
     for path, config in configs.items():
         need(config.vocab_size >= len(tokenizer.known),
@@ -696,6 +690,9 @@ def run_script(main):
             raise
         sys.exit(f"{name}: out of memory; try a smaller --batch (sampling) or --micro-tokens (learning)")
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script: one relay, to look at
 
 def show(text, slm, llm, tokenizer, args, colour):
     """Print one relay as it is written, the LLM's tokens in colour or in brackets, and then what it cost."""

@@ -327,7 +327,8 @@ def supervised_step(model, optimizer, examples, known, lr, most):
 
 
 def learning_rate(lr, step, steps, ramp):
-    """The rate of a step, counted from 0: it rises to `lr` over the first `ramp` steps, and falls to 0 at the end."""
+    """The rate of a step, counted from 0: `lr`, times a rise over the first `ramp` steps, times a fall from 1 to 0 over
+    all of them."""
     return lr * min(1.0, (step + 1) / ramp) * (1 - step / steps)
 
 
@@ -380,7 +381,8 @@ def pretrain(rank, jobs, batch=32):
         return Example(prompt + answer + [tokenizer.end_id], [False] * len(prompt) + learn + [True])
 
     batches = ([example(next(questions)) for _ in range(batch)] for _ in range(steps))
-    supervise(model, tokenizer, batches, steps, corpus["lr"], 50, 1500, f"pretrain {name}", position=rank)
+    supervise(model, tokenizer, batches, steps, corpus["lr"], ramp=50, most=1500, label=f"pretrain {name}",
+              position=rank)
     save(model, directory)
 
 
@@ -441,7 +443,7 @@ def warm_up(model, tokenizer, rollouts, args):
 
 
 # In PAPER, epochs is the paper's, lr and batch_size are in its ranges (5e-6 to 2e-5, 8 to 32), and max_n is its largest
-# d * 10^k. The other figures are ours.
+# d * 10^k; so is the ramp, 3% of the steps, above. The other figures are ours.
 TOY = dict(temperature=0.7, max_new_tokens=96, samples=3000, epochs=4, lr=2e-3, batch_size=32, max_n=9,
            micro_tokens=1500, checkpointing=False)
 PAPER = dict(temperature=0.7, max_new_tokens=2048, samples=10000, epochs=1, lr=1e-5, batch_size=16, max_n=9000,

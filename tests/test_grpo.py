@@ -37,6 +37,17 @@ def toy(tokenizer):
     return tokenizer, policy, reference, llm
 
 
+@pytest.mark.parametrize("words, sign", [
+    ("stopped calling", dict(call_rate=0.0)), ("nearly every answer calls", dict(call_rate=1.0, student_solvable=0.0)),
+    ("long calls", dict(rho=0.6)), ("30% longer", dict(length=70)), (None, {})])
+def test_a_known_collapse_is_told_by_the_last_ten_steps(words, sign):
+    """A model that called in every answer, or in none, trained on for hours without a word."""
+    fine = dict(call_rate=0.5, student_solvable=0.5, rho=0.01, length=50)
+    warning = grpo.watch([fine] + [fine | sign] * 10)
+    assert warning is None if words is None else words in warning
+    assert grpo.watch([fine | sign] * 9) is None           # too few to tell
+
+
 def some_rollouts(toy, temperature=1.0):
     """Eight roll-outs with hand-offs: a router calls wherever the SLM is more unsure than at its first token."""
     tokenizer, policy, _, llm = toy

@@ -4,6 +4,7 @@ Scripted models write what they are told, so that a test can say what each model
 float64 are compared with an oracle that runs both of them over whole contexts for every single token.
 """
 import itertools
+import json
 import random
 import runpy
 import shutil
@@ -877,6 +878,21 @@ def test_what_ends_a_text_of_either_model_ends_a_response(tmp_path, toy_director
         save(tiny("qwen3", dtype=torch.float32, **raw), tmp_path / name)
     tokenizer = relay_module.load_pair(tmp_path / "slm", tmp_path / "llm", "cpu", torch.float32)[2]
     assert tokenizer.end_ids == Tokenizer(tmp_path / "slm").end_ids | {65, 66}
+
+
+@pytest.mark.parametrize("change, words", [("merges", "do not have the same tokenizer"), ("width", "embeddings for")])
+def test_a_pair_that_does_not_read_the_same_tokens_is_refused(change, words, tmp_path, toy_directory):
+    """The LLM's ids would be other words to the SLM, without an error anywhere."""
+    for name in ("slm", "llm"):
+        shutil.copytree(toy_directory, tmp_path / name)
+        width = len(Tokenizer(toy_directory).known) - (change == "width" and name == "llm")
+        save(tiny("qwen3", dtype=torch.float32, **raw_config("qwen3", vocab_size=width)), tmp_path / name)
+    if change == "merges":
+        spec = json.loads((tmp_path / "llm" / "tokenizer.json").read_text())
+        spec["model"]["merges"].pop()
+        (tmp_path / "llm" / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(ValueError, match=words):
+        relay_module.load_pair(tmp_path / "slm", tmp_path / "llm", "cpu", torch.float32)
 
 
 def test_frozen_models_are_in_bfloat16_where_the_hardware_has_it_but_never_the_toy(monkeypatch):
