@@ -71,7 +71,8 @@ def main():
         x += 28
     title = f"A roll-out of the toy pair: the LLM wrote {sum(rollout.by_llm)} of {len(rollout.tokens)} tokens"
     print(f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y + 14}" '
-          f'viewBox="0 0 {WIDTH} {y + 14}" font-family="ui-monospace, Menlo, Consolas, monospace">\n<title>{title}</title>\n'
+          f'viewBox="0 0 {WIDTH} {y + 14}" font-family="ui-monospace, Menlo, Consolas, monospace">\n'
+          f'<title>{title}</title>\n'
           f'<rect width="{WIDTH}" height="{y + 14}" rx="8" fill="#ffffff" stroke="#d0d7de"/>', *out, "</svg>", sep="\n")
 
 
