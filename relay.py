@@ -55,7 +55,7 @@ LONGEST = len(b"<call></call>") + 9                   # bytes
 OPEN = b"<call"                                       # what no_calls=True forbids: no command is without it
 CHUNK = 256                                           # tokens of a row read at once: bounds the mask
 PASS = 8192                                           # tokens of all rows read at once: bounds the hidden states,
-STATES = 2**21                                        # on a CPU to so many numbers of width ffn: they stay in its cache
+STATES = 2**21                                        # on a CPU so many / ffn: its cache holds what a layer computes
 SLICE = 2**21                                         # logits that a CPU samples from at once: 8 MiB stay cached
 
 

@@ -38,15 +38,16 @@ def letters(rollout, tokenizer):
         if token not in tokenizer.end_ids:
             who = "written by the LLM" if by_llm else "written by the SLM"
             out += [(chr(byte) if 32 <= byte < 127 else "?", who) for byte in tokenizer.token_bytes[token]]
-    for match in COMMAND.finditer("".join(letter for letter, _ in out).encode()):
+    own = "".join(letter if who == "written by the SLM" else "?" for letter, who in out)    # only there it is a command
+    for match in COMMAND.finditer(own.encode()):
         out[slice(*match.span())] = [(letter, "its command") for letter in match.group().decode()]
     return out
 
 
-def wrapped(letters, most):
+def wrapped(written, most):
     """Lines of at most `most` letters."""
-    rest = iter(letters)
-    for line in textwrap.wrap("".join(letter for letter, _ in letters), most, drop_whitespace=False):
+    rest = iter(written)
+    for line in textwrap.wrap("".join(letter for letter, _ in written), most, drop_whitespace=False):
         yield list(islice(rest, len(line)))
 
 
