@@ -35,6 +35,8 @@ from pathlib import Path
 import regex  # tiktoken's own dependency: \p{L}, and no stack to overflow on a long run of one character
 import tiktoken
 
+from model import naming, need, read_json
+
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,7 +47,8 @@ class Question:
     """A question as the user asks it, and its gold answer; the toy's carry more."""
     text: str
     answer: str
-    kind: str = ""        # toy: "common", "rare", or "unseen": rare, and never learned from after pretraining
+    kind: str = ""        # toy: "common", "rare", or "unseen": rare, and never learned from after pretraining; of a
+                          # benchmark what it names: a subject, a category
     solution: str = ""    # toy: a worked solution
     fact: str = ""        # the text of the fact that the small model lacks
     strict: bool = False  # the response must end by its end-of-text token right after the answer
@@ -125,19 +128,6 @@ BYTE_OF = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerat
 LETTERS = sorted(BYTE_OF, key=BYTE_OF.get)
 
 
-def read_object(path, default=None):
-    """The object in a JSON file of a model directory; `default`, where given, if there is no such file."""
-    if default is not None and not path.exists():
-        return default
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__} where an object belongs")
-    return value
-
-
 class Tokenizer:
     """The byte-level BPE tokenizer and the chat format of a model directory in the Hugging Face layout.
 
@@ -151,21 +141,18 @@ class Tokenizer:
         path = Path(path)
         self._file = path / "tokenizer.json"
         old = " (a SentencePiece tokenizer.model is not supported)" if (path / "tokenizer.model").exists() else ""
-        self._need(self._file.exists(), f"missing; a byte-level BPE tokenizer is needed{old}")
-        spec = read_object(self._file)
-        settings = read_object(path / "tokenizer_config.json", {})
+        need(self._file.exists(), f"{self._file}: missing; a byte-level BPE tokenizer is needed{old}")
+        spec = read_json(self._file)
+        settings = read_json(path / "tokenizer_config.json", {})
         normalizer = spec.get("normalizer")
         normalizer = normalizer.get("type") if isinstance(normalizer, dict) else normalizer
-        self._need(normalizer in (None, "NFC"), f"normalizer {normalizer!r} is not supported (only NFC is)")
         # transformers gives Qwen its NFC even where a converted tokenizer.json has lost it
         self._nfc = normalizer == "NFC" or str(settings.get("tokenizer_class")).startswith("Qwen2Tokenizer")
-        self._splits = self._read_splits(spec.get("pre_tokenizer"))
-        self._read_vocabulary(spec.get("model"), spec.get("added_tokens") or [])
+        with naming(self._file):
+            need(normalizer in (None, "NFC"), f"normalizer {normalizer!r} is not supported (only NFC is)")
+            self._splits = self._read_splits(spec.get("pre_tokenizer"))
+            self._read_vocabulary(spec.get("model"), spec.get("added_tokens") or [])
         self._read_chat(path, settings)
-
-    def _need(self, fine, fault):
-        if not fine:
-            raise ValueError(f"{self._file}: {fault}")
 
     def _read_splits(self, spec):
         """The pre-tokenizer as a list of patterns, applied in turn: each cuts out its matches and what lies between."""
@@ -183,45 +170,44 @@ class Tokenizer:
                         continue
                     pattern = GPT2_SPLIT
                 case _:
-                    self._need(False, f"pre-tokenizer {reprlib.repr(part)} is not supported (Digits, an Isolated Split "
-                                      "and, at the end, ByteLevel without add_prefix_space are)")
+                    need(False, f"pre-tokenizer {reprlib.repr(part)} is not supported (Digits, an Isolated Split and, "
+                                "at the end, ByteLevel without add_prefix_space are)")
             try:
                 splits.append(regex.compile(pattern))
             except (regex.error, RecursionError) as error:
-                self._need(False, f"pre-tokenizer pattern {pattern[:40]!r} cannot be read ({error})")
-        self._need(parts and parts[-1]["type"] == "ByteLevel", "a pre-tokenizer without ByteLevel is not supported")
+                need(False, f"pre-tokenizer pattern {pattern[:40]!r} cannot be read ({error})")
+        need(parts and parts[-1]["type"] == "ByteLevel", "a pre-tokenizer without ByteLevel is not supported")
         return splits
 
     def _read_vocabulary(self, model, added):
         """Ids, bytes and merges, checked, and made into tiktoken's ranks."""
         model = model if isinstance(model, dict) else {"type": None}
         vocab, merges, kind = model.get("vocab"), model.get("merges"), model.get("type", "BPE")
-        self._need(kind == "BPE" and isinstance(vocab, dict) and isinstance(merges, list),
-                   f"model type {kind!r} is not BPE, or its vocab or merges are missing or of the wrong type")
+        need(kind == "BPE" and isinstance(vocab, dict) and isinstance(merges, list),
+             f"model type {kind!r} is not BPE, or its vocab or merges are missing or of the wrong type")
         for key in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout"):
-            self._need(not model.get(key), f"model.{key} is not supported")
-        self._need(isinstance(added, list) and all(isinstance(token, dict) and isinstance(token.get("content"), str)
-                                                   and token["content"] for token in added),
-                   "an added token has no content")
+            need(not model.get(key), f"model.{key} is not supported")
+        need(isinstance(added, list) and all(isinstance(token, dict) and isinstance(token.get("content"), str)
+                                             and token["content"] for token in added), "an added token has no content")
         self._added = {token["content"]: token.get("id") for token in added}  # text -> id
         plain = {token: i for token, i in vocab.items() if token not in self._added}
-        ids = list((plain | self._added).values())
-        self._need(all(type(i) is int and 0 <= i < 2**22 for i in ids), "a token's id is no number below 2^22")
-        self.token_bytes = [b""] * (max(ids, default=-1) + 1)
+        ids = plain | self._added
+        need(all(type(i) is int and 0 <= i < 2**22 for i in ids.values()), "a token's id is no number below 2^22")
+        self.token_bytes = [b""] * (max(ids.values(), default=-1) + 1)
         self.known = [False] * len(self.token_bytes)
-        for token, i in [*plain.items(), *self._added.items()]:
-            self._need(not self.known[i], f"two tokens share the id {i}")
+        for token, i in ids.items():
+            need(not self.known[i], f"two tokens share the id {i}")
             try:
                 self.token_bytes[i] = token.encode() if token in self._added else bytes(BYTE_OF[c] for c in token)
             except (KeyError, UnicodeEncodeError):
-                self._need(False, f"token {i} ({token[:20]!r}) is not made of bytes: not a byte-level BPE")
+                need(False, f"token {i} ({token[:20]!r}) is not made of bytes: not a byte-level BPE")
             self.known[i] = True
         tokens = LETTERS + self._read_merges(merges, plain)
         self._ranks = {bytes(BYTE_OF[c] for c in token): rank for rank, token in enumerate(tokens)}
         self._bpe = tiktoken.Encoding("bpe", pat_str="", mergeable_ranks=self._ranks, special_tokens={})
         self._id_of_rank = [plain.get(token) for token in tokens]
         self._lacks = bytes(b for b in range(256) if self._id_of_rank[b] is None)  # SmolLM2 has no 0x1d
-        self._need(not self._lacks or model.get("unk_token") is None, "unk_token with missing bytes is not supported")
+        need(not self._lacks or model.get("unk_token") is None, "unk_token with missing bytes is not supported")
         # Llama 3: a piece that is a token needs no merges
         self._whole = {self.token_bytes[i]: i for i in plain.values()} if model.get("ignore_merges") else {}
 
@@ -239,7 +225,7 @@ class Tokenizer:
                 case [str(left), str(right)] if {left, right, left + right} <= plain.keys():
                     pairs[left, right] = place
                 case _:
-                    self._need(False, f"merge {place} is not a pair of tokens that make a token")
+                    need(False, f"merge {place} is not a pair of tokens that make a token")
         return [left + right for left, right in sorted(pairs, key=pairs.get)
                 if last_pair(left + right, pairs) == (left, right)]
 
@@ -261,13 +247,12 @@ class Tokenizer:
 
         ends = [self._added[end_of_turn]] if end_of_turn in self._added else []
         for file in (path / "generation_config.json", path / "config.json"):
-            named = read_object(file, {}).get("eos_token_id")
+            named = read_json(file, {}).get("eos_token_id")
             for i in named if isinstance(named, list) else [] if named is None else [named]:
                 if type(i) is not int or not 0 <= i < len(self.known) or not self.known[i]:
                     raise ValueError(f"{file}: eos_token_id {str(i)[:20]!r} is not a token of {self._file.name}")
                 ends.append(i)
-        if not ends:
-            raise ValueError(f"{path / 'config.json'}: names no end-of-text token (eos_token_id)")
+        need(ends, f"{path / 'config.json'}: names no end-of-text token (eos_token_id)")
         self.end_id, self.end_ids = ends[0], set(ends)
 
     def _encode(self, text):
@@ -304,8 +289,7 @@ class Tokenizer:
 
     def chat(self, text):
         """Ids of one user turn in the checkpoint's chat format, up to where the assistant's first token belongs."""
-        if isinstance(self._chat, str):
-            raise ValueError(self._chat)
+        need(not isinstance(self._chat, str), self._chat)
         before, after, strip = self._chat
         start, bracket, opening = before.rpartition("|>")  # what follows the last special token joins the user's text
         said = self.encode(opening + (text.strip() if strip else text))
@@ -449,8 +433,8 @@ def load_questions(path, limit=None):
     Read as published: GSM8K, MATH-500, Minerva, OlympiadBench, AIME, DAPO-Math-17k, MMLU-Pro; and anything with a
     question/problem/prompt and an answer. ValueError names the file and the line (in a .json list: the entry).
     """
-    if Path(path).suffix == ".parquet":
-        raise ValueError(f"{path}: parquet is not read; write it out as .jsonl first (pandas: to_json, lines=True)")
+    need(Path(path).suffix != ".parquet",
+         f"{path}: parquet is not read; write it out as .jsonl first (pandas: to_json, lines=True)")
     questions, where, listed = [], f"{path}: cannot be read", False
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -468,8 +452,7 @@ def load_questions(path, limit=None):
         elif listed and isinstance(error, json.JSONDecodeError):
             where = f"{path}: line {error.lineno}"
         raise ValueError(f"{where}: {error}") from None
-    if not questions:
-        raise ValueError(f"{path}: no questions in it")
+    need(questions, f"{path}: no questions in it")
     return questions
 
 
@@ -480,8 +463,7 @@ def first(row, *keys):
 
 def read_question(row):
     """One row of a benchmark file to a Question; ValueError says what the row lacks."""
-    if not isinstance(row, dict):
-        raise ValueError(f"a {type(row).__name__} where an object belongs")
+    need(isinstance(row, dict), f"a {type(row).__name__} where an object belongs")
     row = {key.lower(): value for key, value in row.items()}  # AIME 2024 writes Problem and Answer
     if isinstance(row.get("reward_model"), dict):  # DAPO-Math-17k
         row = row["reward_model"] | row
@@ -489,8 +471,7 @@ def read_question(row):
     if isinstance(problem, list):  # chat messages
         said = [m.get("content") for m in problem if isinstance(m, dict) and m.get("role") == "user"]
         problem = said[-1] if said else None
-    if not isinstance(problem, str):
-        raise ValueError("no text under problem, question or prompt")
+    need(isinstance(problem, str), "no text under problem, question or prompt")
     head, _, rest = problem.partition("\n\n")
     if head.startswith("Solve the following math problem step by step.") and rest:  # DAPO-Math-17k, around its problem
         problem = rest.partition("\n\nRemember to put your answer on its own")[0]
@@ -508,12 +489,12 @@ def read_question(row):
         problem += "".join(f"\n({letter}) {option}" for letter, option in zip(letters, options))
         index = row.get("answer_index") if answer is None else answer
         answer = dict(enumerate(letters)).get(index) if type(index) is int else index
-        if answer is None or re.fullmatch("[A-Z]", str(answer)) and str(answer) not in letters:
-            raise ValueError(f"answer {index!r} is none of the {len(letters)} options")
+        need(answer is not None and (not re.fullmatch("[A-Z]", str(answer)) or str(answer) in letters),
+             f"answer {index!r} is none of the {len(letters)} options")
     gold = str(answer).rsplit("####")[-1].strip()  # GSM8K: reasoning, then the number
     (problem + gold).encode()  # raises for half a surrogate pair, which nothing can write
-    if type(answer) not in (str, int, float) or answer != answer or not gold:  # NaN is no answer
-        raise ValueError("no answer under answer, final_answer, reward_model.ground_truth or in a solution's \\boxed{}")
+    need(type(answer) in (str, int, float) and answer == answer and gold,  # NaN is no answer
+         "no answer under answer, final_answer, reward_model.ground_truth or in a solution's \\boxed{}")
     kind = first(row, "subject", "subfield", "category", "type", "data_source")
     return Question(f"{problem}\n{INSTRUCTION}", gold, str(kind or ""))
 
@@ -684,7 +665,7 @@ def as_interval(kind, sides):
         signs, sides = [*signs, "<"], [*sides, "\\infty"]
     if len(sides) != 3 or not re.fullmatch("[a-zA-Z]", sides[1]):
         return kind, sides
-    return "(["["=" in signs[0]] + ")]"["=" in signs[1]], sides[::2]
+    return ("[" if "=" in signs[0] else "(") + ("]" if "=" in signs[1] else ")"), sides[::2]
 
 
 def same(given, gold, depth=0):

@@ -26,7 +26,6 @@ Left out: the paper's second look by a judge at answers that were scored wrong (
 """
 import base64
 import functools
-import hashlib
 import html
 import importlib.util
 import itertools
@@ -39,13 +38,13 @@ from contextlib import suppress
 import numpy as np
 
 from data import load_questions, split_of, toy_questions
-from model import fingerprint, load, need, write_beside, write_json
+from model import digest, fingerprint, load, need, write_beside, write_json
 from relay import (Call, Rollout, Run, WrongArguments, command, figures, fill_in, is_right, load_pair, machine, means,
                    parser, plain_text, positive, relay, run_script, show_presets)
 from warmup import progress_bar
 
 TOY = dict(temperature=0.7, max_new_tokens=96, limit=1000, fixed=[1, 4, 9])
-PAPER = dict(temperature=0.0, max_new_tokens=8192, fixed=[20, 100, 500])
+REAL = dict(temperature=0.0, max_new_tokens=8192, fixed=[20, 100, 500])
 THRESHOLDS = [0.05, 0.1, 0.2, 0.4, 0.8, 1.6]     # of the token router, in nats
 ROWS = ["warmup", "relay_no_teacher", "fixed", "token_router"]     # that --rows may leave out
 VARIANTS = {                                     # directory in the run: the flags of grpo.py that make it
@@ -74,30 +73,28 @@ class Answers:
             write_beside(path, lambda file: file.write(text.encode() + b"\n"))
 
     def write(self, method, writer, helper, marks, tokenizer, questions, args, **options):
-        """Roll-outs and seconds of an answer to each question. writer, helper: models; marks: their fingerprints."""
-        options.update((key, getattr(args, key)) for key in ("temperature", "llm_temperature", "max_new_tokens"))
+        """(A roll-out for each question, the seconds of all.) writer, helper: models; marks: their fingerprints."""
+        options |= {key: getattr(args, key) for key in ("temperature", "llm_temperature", "max_new_tokens")}
         settings = dict(options, marks=marks, dtypes=[str(m.embed.weight.dtype) for m in (writer, helper) if m])
-        jobs = [(tokenizer.chat(question.text), (args.seed, n)) for n, question in enumerate(questions)]
-        keys = [hashlib.sha256(json.dumps([settings, seed, prompt], sort_keys=True).encode()).hexdigest()
-                for prompt, seed in jobs]
-        missing = [(key, *job) for key, job in zip(keys, jobs) if key not in self.records]
+        prompts = [tokenizer.chat(question.text) for question in questions]
+        keys = [digest([settings, (args.seed, n), prompt]) for n, prompt in enumerate(prompts)]
+        missing = [n for n, key in enumerate(keys) if key not in self.records]
         last = time.perf_counter()
-        with (progress_bar(total=len(jobs), initial=len(jobs) - len(missing), desc=method, unit="answer") as bar,
+        with (progress_bar(total=len(keys), initial=len(keys) - len(missing), desc=method, unit="answer") as bar,
               open(self.path, "a", encoding="utf-8") as file):
 
             def keep(i, r):
                 nonlocal last
-                key, _, (_, n) = missing[i]
-                before, last = last, time.perf_counter()
-                self.records[key] = dict(key=key, method=method, index=n, tokens=r.tokens, calls=r.calls, end=r.end,
-                                         cost=r.cost, seconds=last - before)
-                print(json.dumps(self.records[key]), file=file, flush=True)
+                n, before, last = missing[i], last, time.perf_counter()
+                self.records[keys[n]] = dict(key=keys[n], method=method, index=n, tokens=r.tokens, calls=r.calls,
+                                             end=r.end, cost=r.cost, seconds=last - before)
+                print(json.dumps(self.records[keys[n]]), file=file, flush=True)
                 bar.update()
 
-            relay(writer, helper, tokenizer, [prompt for _, prompt, _ in missing], on_end=keep, batch=args.batch,
-                  seed=[seed for _, _, seed in missing], **options)
+            relay(writer, helper, tokenizer, [prompts[n] for n in missing], on_end=keep, batch=args.batch,
+                  seed=[(args.seed, n) for n in missing], **options)
         rollouts, records = [], [self.records[key] for key in keys]
-        for record, (prompt, _) in zip(records, jobs):
+        for record, prompt in zip(records, prompts):
             by_llm, calls = [False] * len(record["tokens"]), [Call(*call) for call in record["calls"]]
             for call in calls:
                 by_llm[call.position:call.position + call.delivered] = [True] * call.delivered
@@ -159,7 +156,7 @@ def where_calls_happen(answers, tokenizer):
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
 
-HEADER = ("method                    accuracy  95% interval         rho  calls     n  length    cut     parameters"
+HEADER = ("method                    accuracy  95% interval         rho called     n  length    cut     parameters"
           "     time")
 COLUMNS = dict(accuracy="{:9.1%}", beside="  {:15}", rho="{:9.2%}", call_rate="{:7.0%}", asked="{:6.1f}",
                length="{:8.1f}", cut="{:7.1%}", parameters_a_token="{:15,.0f}", time="{:8.2f}x")
@@ -233,8 +230,8 @@ def page(rows, answers, tokenizer, picture):
     for question, rollout in answers[:20]:
         right = "right" if is_right(question, rollout, tokenizer) else "wrong"
         parts.append(f"<p><b>{html.escape(question.text)}</b> ({html.escape(question.kind)} {right})<br>")
-        for by_llm, run in itertools.groupby(zip(rollout.tokens, rollout.by_llm), key=lambda pair: pair[1]):
-            text = html.escape(tokenizer.decode([token for token, _ in run]))
+        for by_llm, part in itertools.groupby(zip(rollout.tokens, rollout.by_llm), key=lambda pair: pair[1]):
+            text = html.escape(tokenizer.decode([token for token, _ in part]))
             parts.append(f"<mark>{text}</mark>" if by_llm else text)
     return "".join(parts) + "\n"
 
@@ -254,7 +251,7 @@ def arguments():
     g.add_argument("--all", action="store_true", help="also what grpo.py --variant has put into the run")
     g.add_argument("--plot", action="store_true", help="draw RUN/eval/plot.png (needs matplotlib)")
     g.add_argument("--html", action="store_true", help="write RUN/eval/index.html: table, picture, roll-outs")
-    show_presets(p, TOY, PAPER, temperature="; inside a call the LLM samples as in training",
+    show_presets(p, TOY, REAL, temperature="; inside a call the LLM samples as in training",
                  slm=": of the rows slm and token_router")
     args = p.parse_args()
     need(not args.plot or importlib.util.find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib",
@@ -307,7 +304,8 @@ class Table:
         self.mark = functools.cache(lambda name: fingerprint(paths[name]))
         slm, llm, self.tokenizer = load_pair(paths["slm"], paths["llm"], device, dtype)
         self.models = dict(slm=slm, llm=llm)                   # any other is loaded for each of its rows
-        self.rows, self.right, self.pairs = {}, {}, {}         # of each method; right: a share for each question
+        self.rows, self.right, self.pairs = {}, {}, {}         # of each method; right: a share for each question,
+                                                               # pairs: (question, roll-out) of each answer
 
     def ask(self, method, writer, helper=None, questions=None, **options):
         """Ask all questions. Returns the method's row; without `questions` of its own it also goes into the table."""
@@ -325,7 +323,7 @@ class Table:
         for kind in sorted({q.kind for q in asked if q.kind}):
             chosen = [(hit, r) for q, hit, r in zip(asked, hits, rollouts) if q.kind == kind]
             by_kind[kind] = dict(questions=len(chosen) // repeat, **means(figures(*zip(*chosen))))
-        # relay() calls the one that writes slm: so it does the LLM, too, where it writes alone
+        # relay() counts the writer's tokens under slm_..., also where the LLM writes alone
         size = {who: sum(p.numel() for p in model.parameters()) for who, model in zip(("slm", "llm"), models) if model}
         ran = sum(n * size.get(what[:3], 0) for r in rollouts for what, n in r.cost.items())     # what: "llm_decode"...
         right = np.reshape(hits, (-1, repeat)).mean(axis=1)
@@ -336,6 +334,21 @@ class Table:
         if questions is None:
             self.rows[method], self.right[method], self.pairs[method] = row, right, list(zip(asked, rollouts))
         return row
+
+    def ask_all(self, variants):
+        """Every row that --rows asks for and that needs no fitting: the token router's does, see route()."""
+        rows = self.args.rows
+        self.ask("slm", "slm")
+        if "warmup" in rows:
+            self.ask("warmup", "warmup", "llm")
+        self.ask("relay", "relay", "llm")
+        if "relay_no_teacher" in rows:
+            self.ask("relay_no_teacher", "relay", no_calls=True)
+        self.ask("llm", "llm")
+        for n in self.args.fixed if "fixed" in rows else ():
+            self.ask(f"fixed_{n}", "relay", "llm", fixed=n)
+        for name, stage in variants.items():
+            self.ask(name, name, None if stage.get("no_teacher") else "llm")
 
     def route(self, others):
         """The token router. Its threshold, fitted on other questions: the cheapest at which it is as accurate as the
@@ -348,13 +361,24 @@ class Table:
         return sweep
 
 
+def analyse(table, sweep):
+    """What analysis.json holds: the relay's paired differences, where it calls, the token router's sweep."""
+    rows, right = table.rows, table.right
+    gains = {name: right["relay"] - right[name] for name in right if name != "relay"}
+    return dict(relay_minus={name: dict(accuracy=float(gain.mean()), ci95=interval(gain),
+                                        rho=rows["relay"]["rho"] - rows[name]["rho"])
+                             for name, gain in gains.items()},
+                calls=where_calls_happen(table.pairs["relay"], table.tokenizer),
+                token_router={str(t): dict(accuracy=row["accuracy"], rho=row["rho"]) for t, row in sweep.items()})
+
+
 def main():
     args = arguments()
     run = Run(args.run)
     need(run.has("grpo"), f"{run.path} holds no finished GRPO stage; run: {run.command_line('grpo.py')}")
     toy = run.toy and args.questions is None
     need(toy or args.questions, "real models need --questions FILE", WrongArguments)
-    fill_in(args, TOY if run.toy else PAPER)
+    fill_in(args, TOY if run.toy else REAL)
     args.llm_temperature = run.llm_temperature
     need(args.repeat == 1 or args.temperature > 0,
          f"--repeat {args.repeat}: at temperature 0 all answers are the same; give --temperature", WrongArguments)
@@ -371,29 +395,10 @@ def main():
     out = run.path / "eval"
     out.mkdir(parents=True, exist_ok=True)
     table = Table(paths, device, dtype, questions, Answers(out / "answers.jsonl"), args)
-
-    table.ask("slm", "slm")
-    if "warmup" in args.rows:
-        table.ask("warmup", "warmup", "llm")
-    table.ask("relay", "relay", "llm")
-    if "relay_no_teacher" in args.rows:
-        table.ask("relay_no_teacher", "relay", no_calls=True)
-    table.ask("llm", "llm")
-    if "fixed" in args.rows:
-        for n in args.fixed:
-            table.ask(f"fixed_{n}", "relay", "llm", fixed=n)
-    for name, stage in variants.items():
-        table.ask(name, name, None if stage.get("no_teacher") else "llm")
+    table.ask_all(variants)
     sweep = table.route(others) if others else {}
-    rows, right, answers = table.rows, table.right, table.pairs["relay"]          # (question, roll-out) pairs
-    routers(rows, right)
-
-    gains = {name: right["relay"] - right[name] for name in right if name != "relay"}
-    analysis = dict(relay_minus={name: dict(accuracy=float(gain.mean()), ci95=interval(gain),
-                                            rho=rows["relay"]["rho"] - rows[name]["rho"])
-                                 for name, gain in gains.items()},
-                    calls=where_calls_happen(answers, table.tokenizer),
-                    token_router={str(t): dict(accuracy=row["accuracy"], rho=row["rho"]) for t, row in sweep.items()})
+    routers(table.rows, table.right)
+    rows, answers, analysis = table.rows, table.pairs["relay"], analyse(table, sweep)
     if toy:
         analysis["bound_rho"] = bound(questions, table.tokenizer)
     write_json(out / "analysis.json", analysis)

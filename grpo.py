@@ -15,10 +15,10 @@ answer each token of the LLM costs. Tokens that the LLM wrote have no loss: the 
 Left out: a value network (the group's mean is the baseline), a reference that is renewed on the way (the warmed-up
 model is what must not be lost), a server for sampling (one process holds both models: no weights need to travel).
 """
-import hashlib
 import itertools
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -29,11 +29,11 @@ from contextlib import suppress
 import torch
 from tqdm import tqdm
 
-from model import fingerprint, load, need, read_json, save, write_beside, write_json
+from model import digest, fingerprint, load, need, read_json, save, write_beside, write_json
 from relay import (Run, WrongArguments, at_least_zero, differing, figures, fill_in, graded, is_right, load_pair,
                    machine, means, parser, positive, relay, run_script, show_presets)
 from warmup import (Example, adamw, add_up, apply_gradient, hear_signals, join_processes, learning_rate,
-                    machine_arguments, meet, micro_batches, progress_bar, settings, short, start_processes,
+                    machine_arguments, meet, micro_batches, progress_bar, settings_of, short, start_processes,
                     token_logprobs, training_questions, world, write_answers)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,8 +104,8 @@ def examples_of(rollouts, llm_tokens=False):
 
 
 def update(policy, reference, optimizer, rollouts, advantage, known, lr, args):
-    """One optimizer step on these roll-outs. Returns for the metrics sums over its tokens, but of "loss" the whole, of
-    "difference" the largest, of "norm" the gradient's (None: nothing to learn).
+    """One optimizer step on these roll-outs. Returns for the metrics: the loss; sums over the learned tokens (tokens,
+    kl, clip_fraction, entropy); difference, the largest |log p - old|; norm, the gradient's (None: nothing to learn).
 
     advantage: (number of roll-outs,). The denominator is the number of learned tokens (--loss sequence: of roll-outs)
     of the whole update, over all micro-batches and processes, so that the gradient does not depend on how it is cut.
@@ -212,8 +212,8 @@ def filter_questions(questions, llm, tokenizer, args, file):
         return questions
     model = [str(llm.embed.weight.dtype), llm.norm.weight.tolist()]            # enough to tell one LLM from another
     asked = [[q.text for q in questions], model, n, args.seed, args.llm_temperature, args.max_new_tokens]
-    key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-    earlier = meet(read_json(file) if file.exists() else {})[0]                # before the first process writes it
+    key = digest(asked)
+    earlier = meet(read_json(file, {}))[0]             # before the first process writes it
     solved = earlier.get(key, [])              # how often, question by question, as far as it has come
     while len(solved) < len(questions):
         many = [q for q in questions[len(solved):len(solved) + FILTERED] for _ in range(n)]
@@ -233,13 +233,12 @@ def filter_questions(questions, llm, tokenizer, args, file):
 
 # What the presets differ in. The toy samples at 0.7: at 1.0 it may learn to call always (README.md, "What failed on the
 # way"). Not flags: `ramp` (see train), and `skip_equal` (groups of equal rewards are left out of the update: it saves
-# time, and the mean and the KL are then over the others). PAPER, the defaults of the algorithm's other flags, and
-# `solo` and `dual` above are the paper's or its code's; but micro_tokens, checkpointing and eval_every are ours.
+# time, and the mean and the KL are then over the others). REAL, the defaults of the algorithm's other flags, and
+# `solo` and `dual` above are the paper's or its code's; but micro_tokens and checkpointing are ours.
 TOY = dict(temperature=0.7, max_new_tokens=96, steps=60, questions_per_step=16, group=16, lr=1e-3, updates=1,
-           pool=640, filter_samples=2, ramp=20, skip_equal=True, micro_tokens=3000, checkpointing=False, eval_every=20)
-PAPER = dict(temperature=1.0, max_new_tokens=8192, steps=100, questions_per_step=128, group=8, lr=1e-6, updates=4,
-             pool=17000, filter_samples=10, ramp=None, skip_equal=False, micro_tokens=4096, checkpointing=True,
-             eval_every=20)
+           pool=640, filter_samples=2, ramp=20, skip_equal=True, micro_tokens=3000, checkpointing=False)
+REAL = dict(temperature=1.0, max_new_tokens=8192, steps=100, questions_per_step=128, group=8, lr=1e-6, updates=4,
+            pool=17000, filter_samples=10, ramp=None, skip_equal=False, micro_tokens=4096, checkpointing=True)
 
 
 def arguments():
@@ -281,17 +280,18 @@ def arguments():
     g.add_argument("--variant", metavar="NAME", default="grpo",
                    help="write into RUN/NAME, beside RUN/grpo, for a row of eval.py --all")
     g = p.add_argument_group("while it trains")
-    g.add_argument("--eval-every", type=at_least_zero(int), help="steps between checks on held-out questions, 0: none")
+    g.add_argument("--eval-every", type=at_least_zero(int), default=20,
+                   help="steps between checks on held-out questions, 0: none (20)")
     g.add_argument("--eval-questions", type=positive(int), default=128, help="questions of a check (128)")
     g.add_argument("--save-every", type=positive(int), default=20, help="steps between checkpoints (20)")
     g.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     machine_arguments(p)
-    show_presets(p, TOY, PAPER, temperature="; the checks are at 0.7",
+    show_presets(p, TOY, REAL, temperature="; the checks are at 0.7",
                  slm=": what training starts from and stays near (RUN/warmup)")
     args = p.parse_args()
     run = Run(args.run)
     need(run.has("warmup"), f"{run.path} holds no warm-up yet; run: {run.command_line('warmup.py')}")
-    fill_in(args, TOY if run.toy else PAPER)
+    fill_in(args, TOY if run.toy else REAL)
     size = max(args.gpus, world()[1])
     taken = r"slm|llm|warmup|eval|relay|relay_no_teacher|fixed\w*|token_router|random_router\w*"     # by eval.py, too
     need(args.pass_rate <= 1, f"--pass-rate {args.pass_rate}: a share, 0 to 1", WrongArguments)
@@ -345,16 +345,14 @@ def delete_checkpoints(out, but=None):
 
 def last_checkpoint(out, settings):
     """(metrics of the steps done, directory of the model) of the last checkpoint; ([], None) if there is none."""
-    if not (out / "checkpoint.json").exists():
-        return [], None
-    state = read_json(out / "checkpoint.json")
+    state = read_json(out / "checkpoint.json", dict(settings=settings, history=[]))
     there, history = state.get("settings"), state.get("history")
     need(isinstance(there, dict) and isinstance(history, list) and all(isinstance(m, dict) for m in history),
          f"{out / 'checkpoint.json'}: not a checkpoint of this program")
     if difference := differing(there, settings):
         raise ValueError(f"{out}: its checkpoint was made with {difference}; resume with the same settings, or choose "
                          "another --run")
-    return history, out / f"checkpoint-{len(history)}"
+    return history, (out / f"checkpoint-{len(history)}" if history else None)
 
 
 def load_optimizer(optimizer, file):
@@ -453,7 +451,7 @@ def main():
         print(f"{out} is finished; next: {run.command_line('eval.py', '--questions', 'TEST_FILE')}")
         return
     questions, held_out = training_questions(args, run.toy, "grpo", args.pool, args.eval_questions)
-    chosen = settings(args, questions) | dict(weights_at_start=fingerprint(source)[:12])
+    chosen = settings_of(args, questions) | dict(weights_at_start=fingerprint(source)[:12])
     run.open()
     out.mkdir(exist_ok=True)
     history, folder = last_checkpoint(out, chosen)
@@ -475,15 +473,10 @@ def main():
     questions = filter_questions(questions, llm, tokenizer, args, run.path / "filter.json")
     need(questions, "the LLM solves none of the questions; give easier ones, or --filter-samples 0")
     keep = lambda: save_checkpoint(out, history, policy, optimizer, source, chosen)
-
-    def log(metrics):
-        if first:
-            with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics) + "\n")
-
-    if first:                                  # the steps after these are done again
-        lines = "".join(json.dumps(metrics) + "\n" for metrics in history)
-        write_beside(out / "metrics.jsonl", lambda file: file.write(lines.encode()))
+    file = open(out / "metrics.jsonl" if first else os.devnull, "w", encoding="utf-8")
+    log = lambda metrics: print(json.dumps(metrics), file=file, flush=True)
+    for metrics in history:                    # the checkpoint's; the steps after it are done again
+        log(metrics)
     signals = []
     hear_signals(lambda *_: signals.append(True))
     train(history, questions, held_out, policy, reference, None if args.no_teacher else llm, tokenizer, optimizer,
@@ -501,7 +494,7 @@ def main():
     sampled = total("length") * args.questions_per_step * args.group / max(1e-9, total("sample_seconds"))
     print(f"sampled {sampled:,.0f} tokens/s; learned for {total('learn_seconds'):,.0f} s")
     print(f"wrote {out}; next: {run.command_line('eval.py', '--questions', 'TEST_FILE')}"
-          + " --all" * (args.variant != "grpo"))
+          + ("" if args.variant == "grpo" else " --all"))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ slots, so that attention reads a slice of the cache and copies nothing.
 The last part reads and writes model directories in the Hugging Face layout (config.json, model.safetensors). A
 directory from outside is not trusted: there is no pickle, and every size and offset is checked before it is used.
 
-Shapes in this file: B rows, T tokens of a row in this pass, W tokens that a row can see, D = head_dim, V logits.
+Shapes in this file: B rows, T tokens of a row in this pass, W that a row can see, H heads, D = head_dim, V logits.
 
-Left out: dropout (neither stage uses it); mixture of experts, sliding windows, quantization and YaRN (the families
+Left out: dropout (no stage uses it); mixture of experts, sliding windows, quantization and YaRN (the families
 that the paper uses need none of them).
 Sources: RMSNorm (arXiv 1910.07467), RoPE (2104.09864), grouped-query attention (2305.13245), SwiGLU (2002.05202).
 """
@@ -40,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 FAMILIES = ("qwen3", "qwen2", "llama")  # the model_type values of config.json that this transformer covers
 
@@ -72,8 +73,8 @@ class Config:
 def rotate(x, cos, sin):
     """Rotary position embedding (RoFormer, eq. 34), in the half-split layout of the published checkpoints.
 
-    Halves (a, b) of x become (a cos - b sin, b cos + a sin). x: (B, H, T, D). cos, sin: (B, 1, T, D), one angle for
-    each pair, written twice, and the first sin negative. Returns x's shape and dtype.
+    Halves (a, b) of x become (a cos - b sin, b cos + a sin). x: (B, H, T, D). cos, sin: (B or 1, 1, T, D): a pair's
+    angle stands in both halves, and sin's first half is negated. Returns x's shape and dtype.
     """
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
@@ -311,9 +312,9 @@ class Cache:
     def __init__(self, model, block=32):
         self.config = model.config
         self.like = model.embed.weight          # for its device and dtype
-        self.records = self.like.is_cuda        # see Step
+        self.records = self.like.is_cuda        # see RecordedStep
         self.block = 128 if self.records else block
-        self.taken, self.steps = Counter(), {}  # slots -> decoding steps of so many, and their recording (see Step)
+        self.taken, self.steps = Counter(), {}  # slots -> decoding steps of so many; their RecordedStep
         self.rows = []                          # slot -> row
         self.lengths = []                       # slot -> tokens held
         self.layers = [self.like.new_zeros(2, 0, self.config.kv_heads, 0, self.config.head_dim)
@@ -409,7 +410,7 @@ class Cache:
         return [partial(past, kv) for kv in self.layers]
 
     def recorded(self, model, B):
-        """On a CUDA GPU: the decoding step of the first B slots as a Step, from its fourth time on. Else None."""
+        """The RecordedStep of the first B slots: on a CUDA GPU, from their fourth decoding step on. Else None."""
         if not self.records:
             return None
         slots, capacity = self.layers[0].shape[1], self.layers[0].shape[3]
@@ -418,7 +419,7 @@ class Cache:
             self.resize(slots, capacity + 1)
         self.taken[rows] += 1
         if self.taken[rows] == RECORD:
-            self.steps[rows] = Step(model, self, rows)
+            self.steps[rows] = RecordedStep(model, self, rows)
         return self.steps.get(rows)
 
 
@@ -428,7 +429,7 @@ class Cache:
 RECORD = 4      # the 4th decoding step of a given number of rows is recorded: that takes the time of two steps
 
 
-class Step:
+class RecordedStep:
     """A decoding step, one token a row, recorded on a CUDA GPU and then replayed (a CUDA graph).
 
     A step launches some 25 operations a layer. For a small model, and for few rows, the CPU takes several times as
@@ -503,8 +504,10 @@ def need(fine, fault, error=ValueError):
         raise error(fault)
 
 
-def read_json(path):
-    """The JSON object in a file; ValueError with one line otherwise."""
+def read_json(path, default=None):
+    """The JSON object in a file (`default`, where given, if there is none); ValueError with one line otherwise."""
+    if default is not None and not Path(path).exists():
+        return default
     with naming(path):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         need(isinstance(value, dict), "not a JSON object")
@@ -554,7 +557,7 @@ def parse_config(raw, path):
 def read_safetensors(path):
     """The tensors of a safetensors file, {name: tensor}, memory-mapped: nothing is read before it is used.
 
-    After a header of odd length they lie at addresses that their dtype forbids: copy before computing (see load).
+    After a header of unusual length they lie at addresses that their dtype forbids: copy before computing (see load).
 
     The file: 8 bytes, little-endian, the header's length; the header, JSON: {name: {dtype, shape, data_offsets}};
     then the tensors, end to end without holes. ValueError with one line for everything that departs from it.
@@ -609,13 +612,25 @@ def weight_files(path):
     return [path / name for name in sorted(set(names.values()))]
 
 
+def slowly(parts, doing, path):
+    """The parts one by one; with a progress bar where they take longer than five seconds."""
+    return tqdm(parts, desc=f"{doing} {path}", unit="part", delay=5, leave=False, dynamic_ncols=True)
+
+
+def digest(value):
+    """A hash of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def fingerprint(path):
     """A hash of a model directory's weights: tells one model from another, wherever they lie."""
-    digest = hashlib.sha256()
+    weights, block = hashlib.sha256(), 2**26
     for file in weight_files(path):
         with naming(file):
-            digest.update(np.memmap(file, np.uint8, "r"))
-    return digest.hexdigest()
+            data = np.memmap(file, np.uint8, "r")
+            for start in slowly(range(0, len(data), block), "hash", file):
+                weights.update(data[start:start + block])
+    return weights.hexdigest()
 
 
 def read_config(path):
@@ -646,10 +661,10 @@ def load(path, device="cpu", dtype=torch.float32):
               for name in wanted | there if there.get(name) != wanted.get(name)
               and (name in wanted or not name.endswith(("lm_head.weight", "rotary_emb.inv_freq")))]     # spare copies
     need(not faults, f"{path}: {len(faults)} tensors do not fit config.json: {'; '.join(faults[:8])}")
-    model.load_state_dict({name: torch.empty(p.shape, dtype=dtype, device=device)     # to_empty() would do it, and
-                           for name, p in model.named_parameters()}, assign=True)     # import 32 MB of torch's compiler
+    model.load_state_dict({name: torch.empty(p.shape, dtype=dtype, device=device)     # to_empty() would do it, but
+                           for name, p in model.named_parameters()}, assign=True)     # imports torch's compiler, too
     with torch.no_grad():
-        for name, view in checkpoint_tensors(model).items():
+        for name, view in slowly(checkpoint_tensors(model).items(), "load", path):
             tensor = found.pop(name)
             if tensor.data_ptr() % tensor.element_size():   # unaligned: copied byte by byte
                 tensor = tensor.view(torch.uint8).clone().view(tensor.dtype)

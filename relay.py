@@ -54,9 +54,9 @@ COMMAND = re.compile(rb"<call>([0-9]{1,9})</call>")   # nine digits at most: the
 LONGEST = len(b"<call></call>") + 9                   # bytes
 OPEN = b"<call"                                       # what no_calls=True forbids: no command is without it
 CHUNK = 256                                           # tokens of a row read at once: bounds the mask
-PASS = 8192                                           # tokens of all rows read at once: bounds the hidden states,
-STATES = 2**21                                        # on a CPU so many / ffn: its cache holds what a layer computes
-SLICE = 2**21                                         # logits that a CPU samples from at once: 8 MiB stay cached
+PASS = 8192                                           # tokens of all rows read at once: bounds the hidden states
+STATES = 2**21                                        # on a CPU at most so many / ffn: then what a layer computes,
+SLICE = 2**21                                         # and so many logits to sample from, stay in the CPU's cache
 
 
 def command(n):
@@ -81,8 +81,8 @@ class Rollout:
     tokens: list = field(default_factory=list)      # the response: commands and the end-of-text token included
     by_llm: list = field(default_factory=list)      # for each token: did the LLM write it?
     logprobs: list = field(default_factory=list)    # for each token
-    calls: list = field(default_factory=list)       # of Call, of each command that was obeyed; n = 0 delivers nothing,
-                                                    # and where answers with a call are counted it is none
+    calls: list = field(default_factory=list)       # a Call for each command obeyed; one that delivered nothing (n = 0)
+                                                    # counts as no call in any figure
     end: str = ""                                   # "eos", "eos_by_llm", or "length": the budget is spent
     cost: dict = field(default_factory=dict)        # tokens read: slm_prefill, slm_decode, llm_prefill, llm_decode
 
@@ -148,7 +148,7 @@ class Text:
 class Reader:
     """A model, its KV cache, and for every row the text that the model is to see.
 
-    This is all that the relay asks of either model: begin() a row with its prompt, feed() it tokens, step() some rows
+    This is what the relay asks of either model: begin() a row with its prompt, feed() it tokens, step() some rows
     for the logits of their next token, tell the cost() of one, drop() what has ended. What of a row's text is in the
     cache is never read again.
     """
@@ -233,16 +233,15 @@ def without_commands(tokens, tokenizer):
     A token that no command touches stays as it is. Bytes that share a token with a command are encoded again.
     """
     pieces = [tokenizer.token_bytes[t] for t in tokens]
-    cut = [match.span() for match in COMMAND.finditer(b"".join(pieces))]
+    gone = {i for match in COMMAND.finditer(b"".join(pieces)) for i in range(*match.span())}    # places of bytes
     kept, rest, at = [], b"", 0
     for token, piece in zip(tokens, pieces):
-        start, at = at, at + len(piece)
-        touching = [(a, b) for a, b in cut if a < at and b > start]
-        if touching:
-            rest += bytes(byte for i, byte in enumerate(piece, start) if not any(a <= i < b for a, b in touching))
-        else:
+        here, at = range(at, at + len(piece)), at + len(piece)
+        if gone.isdisjoint(here):
             kept += tokenizer.encode_bytes(rest) + [token]
             rest = b""
+        else:
+            rest += bytes(byte for i, byte in zip(here, piece) if i not in gone)
     return kept + tokenizer.encode_bytes(rest)
 
 
@@ -342,6 +341,27 @@ def relay(slm, llm, tokenizer, prompts, *, max_new_tokens, temperature=0.7, seed
     return [done[i] for i in range(len(prompts))]
 
 
+def draw(reader, turn, known, temperature, top_p=1.0, banned=None, router=None):
+    """One step of a model for the rows of `turn`, {index: Row}. Returns [(index, Row, sampled id, its log-probability,
+    entropy if a router asks)]. banned: see completing()."""
+    order, logits = reader.step(list(turn))
+    drawn, size = [], max(1, SLICE // len(known)) if known.device.type == "cpu" else len(order)
+    for start in range(0, len(order), size):
+        part = order[start:start + size]
+        rows = [turn[r] for r in part]
+        logprobs = log_softmax(logits[start:start + size], known, temperature)
+        if banned is not None:
+            opening = banned[[begun(row.tail) for row in rows]]                    # (B, N)
+            logprobs = torch.log_softmax(logprobs.masked_fill(opening, -torch.inf), dim=-1)
+        ids = sample(logprobs, [row.uniforms.item(len(row.out.tokens)) for row in rows], temperature, top_p)
+        chosen = logprobs.gather(-1, ids[:, None].to(logprobs.device))[:, 0].tolist()
+        need(not any(map(math.isnan, chosen)),             # where one is, all of its row are: nothing could be sampled
+             "a model's logits are not finite at this --temperature and --dtype (float16 overflows)")
+        entropies = entropy(logprobs).tolist() if router else [0.0] * len(part)
+        drawn += zip(part, rows, ids.tolist(), chosen, entropies)
+    return drawn
+
+
 def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperature, llm_temperature, top_p, fixed,
                router, no_calls):
     """Write the responses of all rows, turn by turn, `places` of them at once. Returns {index: Rollout}.
@@ -356,54 +376,34 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
     rows, done = {}, {}                                    # index -> Row, of those that have a place; -> Rollout
     high, low = router or (math.inf, -math.inf)
 
-    def draw(reader, turn, temperature, top_p=1.0, banned=None):
-        """One step of a model for these rows: [(row, sampled id, its log-probability, entropy if a router asks)]."""
-        order, logits = reader.step(turn)
-        drawn, size = [], max(1, SLICE // len(known)) if known.device.type == "cpu" else len(order)
-        for start in range(0, len(order), size):
-            part = order[start:start + size]
-            logprobs = log_softmax(logits[start:start + size], known, temperature)
-            if banned is not None:
-                opening = banned[[begun(rows[r].tail) for r in part]]              # (B, N)
-                logprobs = torch.log_softmax(logprobs.masked_fill(opening, -torch.inf), dim=-1)
-            ids = sample(logprobs, [rows[r].uniforms.item(len(rows[r].out.tokens)) for r in part], temperature, top_p)
-            chosen = logprobs.gather(-1, ids[:, None].to(logprobs.device))[:, 0].tolist()
-            need(not any(map(math.isnan, chosen)),         # where one is, all of its row are: nothing could be sampled
-                 "a model's logits are not finite at this --temperature and --dtype (float16 overflows)")
-            entropies = entropy(logprobs).tolist() if router else [0.0] * len(part)
-            drawn += zip(part, ids.tolist(), chosen, entropies)
-        return drawn
-
     def renew():
-        """Take the rows that have ended out, and let others in. Returns those that came.
+        """Take the rows that have ended out, and let others in. Returns those that came, {index: Row}.
 
         They come when an eighth of the places is free: to read the prompt of one takes as long as of several.
         """
-        if ended := [r for r in rows if rows[r].out.end]:
+        if ended := [r for r, row in rows.items() if row.out.end]:
             for r in ended:
-                cost = sum((reader.cost(r) for reader in readers), ()) + (0, 0)
-                rows[r].out.cost = dict(zip(("slm_prefill", "slm_decode", "llm_prefill", "llm_decode"), cost))
-                done[r] = rows.pop(r).out
-                on_end(r, done[r])
+                out = done[r] = rows.pop(r).out
+                cost = slm_reader.cost(r) + (llm_reader.cost(r) if llm_reader else (0, 0))
+                out.cost = dict(zip(("slm_prefill", "slm_decode", "llm_prefill", "llm_decode"), cost))
+                on_end(r, out)
             for reader in readers:
                 reader.drop(ended)
-        free, came = places - len(rows), []
-        while coming and len(came) < free >= places / 8:
+        free, came = places - len(rows), {}
+        while coming and len(came) < free and free >= places / 8:
             r, prompt, budget, seed = coming.popleft()
-            rows[r] = Row(prompt, budget, seed)
+            came[r] = rows[r] = Row(prompt, budget, seed)
             for reader in readers:
                 reader.begin(r, prompt)
-            came.append(r)
         return came
 
     renew()
     while rows:
-        turn = list(rows)                                  # the SLM writes until every row waits for the LLM
+        turn = dict(rows)                                  # the SLM writes until every row waits for the LLM
         while turn:
-            drawn = draw(slm_reader, turn, temperature, top_p, banned)
-            for r, token, logprob, nats in drawn:
-                row = rows[r]
-                if nats > high and llm_reader:            # what it drew is not written
+            drawn = draw(slm_reader, turn, known, temperature, top_p, banned, router)
+            for r, row, token, logprob, nats in drawn:
+                if nats > high and llm_reader:             # what it drew is not written
                     row.call(row.left, row.left)           # until the LLM is sure, below
                     continue
                 row.append(token, False, logprob, tokenizer.end_ids)
@@ -413,18 +413,17 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
                 if n is not None and llm_reader and not router and not row.out.end:
                     row.call(n, n if fixed is None else fixed)
             came = renew()
-            turn = [r for r, *_ in drawn if r in rows and not rows[r].owed] + came
+            turn = {r: row for r, row, *_ in drawn if not row.owed and not row.out.end} | came
             if coming and 2 * len(turn) < len(rows):       # or, where more rows are to come, until most wait: those
                 break                                      # hold places that others could take
 
-        turn = [r for r in rows if rows[r].owed]           # the LLM serves all that wait as one batch
-        for r in turn:
-            new = rows[r].out.tokens[rows[r].since:]       # what it has not been fed
+        turn = {r: row for r, row in rows.items() if row.owed}     # the LLM serves all that wait as one batch
+        for r, row in turn.items():
+            new = row.out.tokens[row.since:]               # what it has not been fed
             llm_reader.feed(r, new if router else without_commands(new, tokenizer))   # a router's commands are text
         while turn:
-            drawn = draw(llm_reader, turn, llm_temperature)
-            for r, token, _, nats in drawn:
-                row = rows[r]
+            drawn = draw(llm_reader, turn, known, llm_temperature, router=router)
+            for r, row, token, _, nats in drawn:
                 row.append(token, True, 0.0, tokenizer.end_ids)
                 llm_reader.feed(r, [token], own=True)
                 slm_reader.feed(r, [token])
@@ -432,7 +431,7 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
                 if nats < low:
                     row.owed = 0
             renew()                                        # who comes now waits for the SLM's turn
-            turn = [r for r, *_ in drawn if r in rows and rows[r].owed]
+            turn = {r: row for r, row, *_ in drawn if row.owed and not row.out.end}
     return done
 
 
@@ -561,7 +560,7 @@ class Run:
 
     def __init__(self, path):
         self.path, self.file = Path(path), Path(path) / "run.json"
-        self.info = read_json(self.file) if self.file.exists() else {"stages": {}}
+        self.info = read_json(self.file, {"stages": {}})
         stages = self.info.get("stages")
         need(isinstance(stages, dict) and all(isinstance(stage, dict) for stage in stages.values()),
              f"{self.file}: not a file of this program (no stages in it)")
@@ -672,7 +671,7 @@ def run_script(main):
                 sys.stdout.flush()                                   # then abort one that ends in the usual way
                 os._exit(0)
         except (ValueError, OSError, KeyboardInterrupt):
-            time.sleep(os.environ.get("RANK", "0") != "0")           # of several processes the first one says it
+            time.sleep(0 if os.environ.get("RANK", "0") == "0" else 1)     # of several processes the first one says it
             raise
     except WrongArguments as error:
         Parser(prog=name).error(str(error))

@@ -15,9 +15,7 @@ Left out: a choice among the answers (without the wrong ones what the SLM writes
 and one model spread over several GPUs (each process holds both models whole).
 """
 import argparse
-import hashlib
 import itertools
-import json
 import math
 import multiprocessing
 import os
@@ -39,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import Tokenizer, load_questions, save_toy_tokenizer, split_of, toy_questions, with_asides
-from model import Grid, Transformer, need, parse_config, read_config, save
+from model import Grid, Transformer, digest, need, parse_config, read_config, save
 from relay import (Run, WrongArguments, command, entropy, fill_in, graded, load_pair, log_softmax, machine, parser,
                    positive, relay, run_script, show_presets, small_models)
 
@@ -106,7 +104,7 @@ def join_processes(device):
     """Meet the other processes. Returns whether this is the first one: only that one prints, and writes files."""
     rank, size = world()
     if device == "cpu" and rank == 0:
-        print(f"no GPU is used: running on the CPU, {size} process{'es' * (size > 1)}")
+        print(f"no GPU is used: running on the CPU, {size} {'process' if size == 1 else 'processes'}")
     if size > 1:
         end_with_parent()                      # else it would go on to write into a run that has been resumed
         if device.startswith("cuda"):
@@ -139,13 +137,13 @@ def machine_arguments(p):
                    help="compute layers again in the backward pass: slower, smaller")
 
 
-def settings(args, questions):
+def settings_of(args, questions):
     """What run.json keeps of a stage's arguments: all that can change its result, and a hash of its questions."""
     how = ("run", "resume", "gpus", "device", "batch", "micro_tokens", "checkpointing", "save_every", "check",
            "eval_every", "eval_questions")
-    texts = hashlib.sha256(json.dumps([q.text for q in questions]).encode()).hexdigest()
-    return dict(question_texts=texts[:12]) | {k: place(v, args.run) if isinstance(v, Path) else v
-                                              for k, v in vars(args).items() if k not in how and v is not None}
+    given = {k: place(v, args.run) if isinstance(v, Path) else v
+             for k, v in vars(args).items() if k not in how and v is not None}
+    return dict(question_texts=digest([q.text for q in questions])[:12]) | given
 
 
 def place(path, run):
@@ -219,7 +217,7 @@ def micro_batches(examples, most):
     """Indices of examples, packed by length into batches of at most `most` tokens, padding and shared ones included (a
     longer example stands alone).
 
-    The roll-outs of one prompt stay together, so that a batch reads it once.
+    The roll-outs of one prompt follow each other, so that a batch that holds several reads it once.
     """
     length = lambda i: len(examples[i].tokens)
     groups, batches = {}, []
@@ -315,7 +313,7 @@ def supervised_step(model, optimizer, examples, known, lr, most):
     examples: the whole batch, the same in every process; each learns its share.
     """
     rank, size = world()
-    total, loss, mine = sum(sum(e.learn[1:]) for e in examples), 0.0, examples[rank::size]
+    total, loss, mine = sum(sum(e.learn) for e in examples), 0.0, examples[rank::size]
     for batch in micro_batches(mine, most):
         part = -token_logprobs(model, [mine[i] for i in batch], known)[0].sum() / total
         part.backward()
@@ -341,8 +339,7 @@ def supervise(model, tokenizer, batches, steps, lr, ramp, most, label, position=
     start, read = time.perf_counter(), 0
     with progress_bar(total=steps, desc=label, unit="step", position=position) as bar:
         for step, examples in enumerate(batches):
-            now = learning_rate(lr, step, steps, ramp)
-            loss = supervised_step(model, optimizer, examples, known, now, most)
+            loss = supervised_step(model, optimizer, examples, known, learning_rate(lr, step, steps, ramp), most)
             read += sum(len(e.tokens) for e in examples)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
@@ -415,7 +412,7 @@ def insert_commands(tokens, tokenizer, rng, max_n):
 
     A gap is before a token: the first before the answer, the last before its end of text. Behind an answer that the
     budget cut is none: nothing would be left to ask for.
-    n = min(d * 10^k, tokens behind the gap): d uniform in 1..9, k in 0..3, or less for a smaller max_n.
+    n = min(d * 10^k, max_n, tokens behind the gap): d uniform in 1..9, k in 0..3, or less for a smaller max_n.
     """
     out, powers = list(tokens), len(str(max_n))
     for gap in sorted(rng.sample(range(len(tokens)), min(rng.randint(0, 3), len(tokens))), reverse=True):
@@ -442,12 +439,12 @@ def warm_up(model, tokenizer, rollouts, args):
     supervise(model, tokenizer, batches(), steps, args.lr, max(1, 0.03 * steps), args.micro_tokens, "warm-up")
 
 
-# In PAPER, epochs is the paper's, lr and batch_size are in its ranges (5e-6 to 2e-5, 8 to 32), and max_n is its largest
-# d * 10^k; so is the ramp, 3% of the steps, above. The other figures are ours.
+# In REAL, epochs is the paper's, lr and batch_size are in its ranges (5e-6 to 2e-5, 8 to 32), and max_n is its largest
+# d * 10^k. The ramp in warm_up(), 3% of the steps, is the paper's, too. The other figures are ours.
 TOY = dict(temperature=0.7, max_new_tokens=96, samples=3000, epochs=4, lr=2e-3, batch_size=32, max_n=9,
            micro_tokens=1500, checkpointing=False)
-PAPER = dict(temperature=0.7, max_new_tokens=2048, samples=10000, epochs=1, lr=1e-5, batch_size=16, max_n=9000,
-             micro_tokens=4096, checkpointing=True)
+REAL = dict(temperature=0.7, max_new_tokens=2048, samples=10000, epochs=1, lr=1e-5, batch_size=16, max_n=9000,
+            micro_tokens=4096, checkpointing=True)
 
 
 def arguments():
@@ -464,12 +461,12 @@ def arguments():
     g.add_argument("--slm-steps", type=positive(int), default=2200, help="pretraining steps of the SLM (2200)")
     g.add_argument("--llm-steps", type=positive(int), default=1000, help="pretraining steps of the LLM (1000)")
     machine_arguments(p)
-    show_presets(p, TOY, PAPER, temperature="; of the checks: what is learned from is sampled at 1",
+    show_presets(p, TOY, REAL, temperature="; of the checks: what is learned from is sampled at 1",
                  slm="; without --slm and --llm the toy's pair is trained")
     args = p.parse_args()
     need((args.slm is None) == (args.llm is None), "--slm and --llm go together", WrongArguments)
     args.toy = args.slm is None
-    fill_in(args, TOY if args.toy else PAPER)
+    fill_in(args, TOY if args.toy else REAL)
     return args
 
 
@@ -479,7 +476,7 @@ def main():
     for path in pair.values():
         read_config(path)                      # a wrong directory is named before anything is made
     pool, checks = training_questions(args, args.toy, "warmup", args.samples, args.check)
-    chosen = settings(args, pool)
+    chosen = settings_of(args, pool)
     if run.finished("warmup", chosen):
         print(f"{run.path / 'warmup'} is finished; next: "
               + run.command_line("grpo.py", "--questions", str(args.questions)))

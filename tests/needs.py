@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from grpo import PAPER  # noqa: E402
+from grpo import REAL  # noqa: E402
 from model import Transformer, read_config  # noqa: E402
 from relay import run_script  # noqa: E402
 from warmup import HEAD  # noqa: E402
@@ -87,7 +87,7 @@ def main():
             ("--rho", 0.02, "the LLM's share of them")):
         p.add_argument(flag, type=type(value), default=value, help=f"{text} ({value})")
     given = p.parse_args()
-    args = SimpleNamespace(**PAPER | vars(given))
+    args = SimpleNamespace(**REAL | vars(given))
     small, large = read_config(given.slm), read_config(given.llm)
     hours = hours_needed(small, large, args, args.length, args.rho)
     print("GiB: " + ", ".join(f"{what} {size / 2**30:.1f}" for what, size in memory_needed(small, large, args).items()))

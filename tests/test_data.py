@@ -175,9 +175,9 @@ def parts(spec):
 
 
 BROKEN = {
-    "no JSON": (lambda s: "{", "cannot be read as JSON"),
-    "deep JSON": (lambda s: "[" * 200_000, "cannot be read as JSON"),
-    "a list": (lambda s: "[]", "holds a list"),
+    "no JSON": (lambda s: "{", "tokenizer.json: Expecting"),
+    "deep JSON": (lambda s: "[" * 200_000, "malformed (RecursionError"),
+    "a list": (lambda s: "[]", "not a JSON object"),
     "WordPiece": (lambda s: s["model"].update(type="WordPiece"), "WordPiece"),
     "no model": (lambda s: s.pop("model"), "model type"),
     "merges of wrong type": (lambda s: s["model"].update(merges="a b"), "merges"),

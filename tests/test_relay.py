@@ -22,7 +22,7 @@ import model as model_module
 import relay as relay_module
 from conftest import ByteTokenizer, Scripted, raw_config, shuffled, tiny
 from data import Tokenizer
-from model import Cache, Step, save
+from model import Cache, RecordedStep, save
 from relay import COMMAND, Row, command, log_softmax, plain_text, relay, sample, without_commands
 
 PROMPT = b"Q: how much?\n"
@@ -736,7 +736,7 @@ def test_a_pair_of_lower_precision_keeps_every_rule(dtype):
         assert sum(o.by_llm) == sum(c.delivered for c in o.calls) and all(TOKENIZER.known[t] for t in o.tokens)
 
 
-class Unrecorded(Step):
+class Unrecorded(RecordedStep):
     """A recorded step on the CPU, where nothing can be recorded: its replay computes it anew."""
 
     def __init__(self, model, cache, rows):
@@ -750,10 +750,10 @@ def test_recorded_decoding_steps_change_nothing(monkeypatch):
     cache overflowed into the next head's."""
     slm, llm = pair()
     prompts, options = questions(9) + questions(3), dict(max_new_tokens=60, temperature=1.0, seed=8)
-    want, replays, replay = relay(slm, llm, TOKENIZER, prompts, **options), [], Step.replay
-    monkeypatch.setattr(model_module, "Step", Unrecorded)
+    want, replays, replay = relay(slm, llm, TOKENIZER, prompts, **options), [], RecordedStep.replay
+    monkeypatch.setattr(model_module, "RecordedStep", Unrecorded)
     monkeypatch.setattr(model_module, "RECORD", 1)
-    monkeypatch.setattr(Step, "replay", lambda step, tokens: replays.append(len(tokens)) or replay(step, tokens))
+    monkeypatch.setattr(RecordedStep, "replay", lambda step, tokens: replays.append(len(tokens)) or replay(step, tokens))
     for block, batch in ((1, 12), (3, 12), (16, 12), (100, 12), (3, 5), (100, 2)):
         monkeypatch.setattr(relay_module, "Cache", lambda model: recording(Cache(model, block=block)))
         for a, b in zip(want, relay(slm, llm, TOKENIZER, prompts, batch=batch, **options)):

@@ -17,7 +17,7 @@ import torch
 
 import relay as relay_module
 from conftest import ON_CPU
-from grpo import PAPER, advantages, rewards
+from grpo import REAL, advantages, rewards
 from model import Config
 from needs import hours_needed, memory_needed
 from relay import run_script
@@ -405,7 +405,7 @@ def test_the_memory_and_the_hours_of_the_readme_are_what_the_functions_say():
     """A table of estimates outlives the function that made it."""
     configs = {name: Config(151936, hidden, ffn, layers, heads, kv_heads=8, head_dim=128, tied=tied)
                for name, (hidden, ffn, layers, heads, tied) in QWEN3.items()}
-    args = SimpleNamespace(**PAPER | dict(batch=32, max_new_tokens=2000, prompt_tokens=500))
+    args = SimpleNamespace(**REAL | dict(batch=32, max_new_tokens=2000, prompt_tokens=500))
     lines = re.findall(r"^\| Qwen3-(\S+) / (\S+) \| (.*) \|$", (HERE / "README.md").read_text(encoding="utf-8"), re.M)
     assert len(lines) == 4
     for small, large, cells in lines:
