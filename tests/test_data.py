@@ -657,6 +657,7 @@ DIFFERENT = """1080 dollars | 1 080 | 90° | 90^\\circ C | 90 °C | 1 4/5 | 3√
  | \\begin{pmatrix}1\\\\[4pt]2\\end{pmatrix} | 18 pieces | 18 pizzas | 18 tanks | 18 sections
  | 18 \\frac{\\text{km}}{\\text{hr}} | n \\in \\{-2, 1\\} | y' + r y = r x(t) | c^2 M_\\odot^6 | 1, 2\\text{, and }3 | (52)_8
  | \\text{Answer: B} | \\text{The answer is (B)} | \\frac{T_{\\text{cold}}}{T_{\\text{hot}}} | v_{\\text{max}}
+ | **12** | **12 | 2 < x \\le 3 | 3 \\ge t > 2 | x < 2 \\text{ or } x > 3 | x>3, x<2
  | \\cos x(1+\\sin x) | 2\\cos x + 2\\sin x\\cos x | mg(1-\\mu)\\sin\\theta | \\ln 2 (x+1) | \\arcsin(10/13)"""
 
 
