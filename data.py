@@ -249,8 +249,8 @@ class Tokenizer:
         for file in (path / "generation_config.json", path / "config.json"):
             named = read_json(file, {}).get("eos_token_id")
             for i in named if isinstance(named, list) else [] if named is None else [named]:
-                if type(i) is not int or not 0 <= i < len(self.known) or not self.known[i]:
-                    raise ValueError(f"{file}: eos_token_id {str(i)[:20]!r} is not a token of {self._file.name}")
+                need(type(i) is int and 0 <= i < len(self.known) and self.known[i],
+                     f"{file}: eos_token_id {str(i)[:20]!r} is not a token of {self._file.name}")
                 ends.append(i)
         need(ends, f"{path / 'config.json'}: names no end-of-text token (eos_token_id)")
         self.end_id, self.end_ids = ends[0], set(ends)

@@ -38,10 +38,9 @@ from contextlib import suppress
 import numpy as np
 
 from data import load_questions, split_of, toy_questions
-from model import digest, fingerprint, load, need, write_beside, write_json
+from model import digest, fingerprint, load, need, progress_bar, write_beside, write_json
 from relay import (Call, Rollout, Run, WrongArguments, command, figures, fill_in, is_right, load_pair, machine, means,
                    parser, plain_text, positive, relay, run_script, show_presets)
-from warmup import progress_bar
 
 TOY = dict(temperature=0.7, max_new_tokens=96, limit=1000, fixed=[1, 4, 9])
 REAL = dict(temperature=0.0, max_new_tokens=8192, fixed=[20, 100, 500])
@@ -73,7 +72,7 @@ class Answers:
             write_beside(path, lambda file: file.write(text.encode() + b"\n"))
 
     def write(self, method, writer, helper, marks, tokenizer, questions, args, **options):
-        """(A roll-out for each question, the seconds of all.) writer, helper: models; marks: their fingerprints."""
+        """Returns (roll-outs, the seconds of all of them). writer, helper: models; marks: their fingerprints."""
         options |= {key: getattr(args, key) for key in ("temperature", "llm_temperature", "max_new_tokens")}
         settings = dict(options, marks=marks, dtypes=[str(m.embed.weight.dtype) for m in (writer, helper) if m])
         prompts = [tokenizer.chat(question.text) for question in questions]
@@ -361,15 +360,17 @@ class Table:
         return sweep
 
 
-def analyse(table, sweep):
-    """What analysis.json holds: the relay's paired differences, where it calls, the token router's sweep."""
+def analyse(table, sweep, toy):
+    """What analysis.json holds: the relay's paired differences, where it calls, the token router's sweep; the toy's
+    bound."""
     rows, right = table.rows, table.right
     gains = {name: right["relay"] - right[name] for name in right if name != "relay"}
     return dict(relay_minus={name: dict(accuracy=float(gain.mean()), ci95=interval(gain),
                                         rho=rows["relay"]["rho"] - rows[name]["rho"])
                              for name, gain in gains.items()},
                 calls=where_calls_happen(table.pairs["relay"], table.tokenizer),
-                token_router={str(t): dict(accuracy=row["accuracy"], rho=row["rho"]) for t, row in sweep.items()})
+                token_router={str(t): dict(accuracy=row["accuracy"], rho=row["rho"]) for t, row in sweep.items()},
+                **dict(bound_rho=bound(table.questions, table.tokenizer)) if toy else {})
 
 
 def main():
@@ -398,9 +399,7 @@ def main():
     table.ask_all(variants)
     sweep = table.route(others) if others else {}
     routers(table.rows, table.right)
-    rows, answers, analysis = table.rows, table.pairs["relay"], analyse(table, sweep)
-    if toy:
-        analysis["bound_rho"] = bound(questions, table.tokenizer)
+    rows, answers, analysis = table.rows, table.pairs["relay"], analyse(table, sweep, toy)
     write_json(out / "analysis.json", analysis)
     write_json(out / "results.json", list(rows.values()))
     print(as_text(rows.values()))

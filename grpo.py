@@ -29,11 +29,11 @@ from contextlib import suppress
 import torch
 from tqdm import tqdm
 
-from model import digest, fingerprint, load, need, read_json, save, write_beside, write_json
+from model import digest, fingerprint, load, need, progress_bar, read_json, save, write_beside, write_json
 from relay import (Run, WrongArguments, at_least_zero, differing, figures, fill_in, graded, is_right, load_pair,
                    machine, means, parser, positive, relay, run_script, show_presets)
 from warmup import (Example, adamw, add_up, apply_gradient, hear_signals, join_processes, learning_rate,
-                    machine_arguments, meet, micro_batches, progress_bar, settings_of, short, start_processes,
+                    machine_arguments, meet, micro_batches, settings_of, short, start_processes,
                     token_logprobs, training_questions, world, write_answers)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -345,14 +345,16 @@ def delete_checkpoints(out, but=None):
 
 def last_checkpoint(out, settings):
     """(metrics of the steps done, directory of the model) of the last checkpoint; ([], None) if there is none."""
-    state = read_json(out / "checkpoint.json", dict(settings=settings, history=[]))
+    if not (out / "checkpoint.json").exists():
+        return [], None
+    state = read_json(out / "checkpoint.json")
     there, history = state.get("settings"), state.get("history")
     need(isinstance(there, dict) and isinstance(history, list) and all(isinstance(m, dict) for m in history),
          f"{out / 'checkpoint.json'}: not a checkpoint of this program")
     if difference := differing(there, settings):
         raise ValueError(f"{out}: its checkpoint was made with {difference}; resume with the same settings, or choose "
                          "another --run")
-    return history, (out / f"checkpoint-{len(history)}" if history else None)
+    return history, out / f"checkpoint-{len(history)}"
 
 
 def load_optimizer(optimizer, file):
@@ -473,10 +475,11 @@ def main():
     questions = filter_questions(questions, llm, tokenizer, args, run.path / "filter.json")
     need(questions, "the LLM solves none of the questions; give easier ones, or --filter-samples 0")
     keep = lambda: save_checkpoint(out, history, policy, optimizer, source, chosen)
-    file = open(out / "metrics.jsonl" if first else os.devnull, "w", encoding="utf-8")
+    if first:                                  # the steps after these are done again
+        lines = "".join(json.dumps(metrics) + "\n" for metrics in history)
+        write_beside(out / "metrics.jsonl", lambda file: file.write(lines.encode()))
+    file = open(out / "metrics.jsonl" if first else os.devnull, "a", encoding="utf-8")
     log = lambda metrics: print(json.dumps(metrics), file=file, flush=True)
-    for metrics in history:                    # the checkpoint's; the steps after it are done again
-        log(metrics)
     signals = []
     hear_signals(lambda *_: signals.append(True))
     train(history, questions, held_out, policy, reference, None if args.no_teacher else llm, tokenizer, optimizer,

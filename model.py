@@ -612,9 +612,9 @@ def weight_files(path):
     return [path / name for name in sorted(set(names.values()))]
 
 
-def slowly(parts, doing, path):
-    """The parts one by one; with a progress bar where they take longer than five seconds."""
-    return tqdm(parts, desc=f"{doing} {path}", unit="part", delay=5, leave=False, dynamic_ncols=True)
+def progress_bar(*args, **options):
+    """tqdm's; of several processes only the first one shows it."""
+    return tqdm(*args, dynamic_ncols=True, disable=os.environ.get("RANK", "0") != "0", **options)
 
 
 def digest(value):
@@ -628,7 +628,7 @@ def fingerprint(path):
     for file in weight_files(path):
         with naming(file):
             data = np.memmap(file, np.uint8, "r")
-            for start in slowly(range(0, len(data), block), "hash", file):
+            for start in progress_bar(range(0, len(data), block), desc=f"hash {file}", delay=5, leave=False):
                 weights.update(data[start:start + block])
     return weights.hexdigest()
 
@@ -664,7 +664,7 @@ def load(path, device="cpu", dtype=torch.float32):
     model.load_state_dict({name: torch.empty(p.shape, dtype=dtype, device=device)     # to_empty() would do it, but
                            for name, p in model.named_parameters()}, assign=True)     # imports torch's compiler, too
     with torch.no_grad():
-        for name, view in slowly(checkpoint_tensors(model).items(), "load", path):
+        for name, view in progress_bar(checkpoint_tensors(model).items(), desc=f"load {path}", delay=5, leave=False):
             tensor = found.pop(name)
             if tensor.data_ptr() % tensor.element_size():   # unaligned: copied byte by byte
                 tensor = tensor.view(torch.uint8).clone().view(tensor.dtype)

@@ -671,7 +671,8 @@ def run_script(main):
                 sys.stdout.flush()                                   # then abort one that ends in the usual way
                 os._exit(0)
         except (ValueError, OSError, KeyboardInterrupt):
-            time.sleep(0 if os.environ.get("RANK", "0") == "0" else 1)     # of several processes the first one says it
+            if os.environ.get("RANK", "0") != "0":                   # of several processes the first one says it
+                time.sleep(1)
             raise
     except WrongArguments as error:
         Parser(prog=name).error(str(error))

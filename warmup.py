@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import Tokenizer, load_questions, save_toy_tokenizer, split_of, toy_questions, with_asides
-from model import Grid, Transformer, digest, need, parse_config, read_config, save
+from model import Grid, Transformer, digest, need, parse_config, progress_bar, read_config, save
 from relay import (Run, WrongArguments, command, entropy, fill_in, graded, load_pair, log_softmax, machine, parser,
                    positive, relay, run_script, show_presets, small_models)
 
@@ -150,10 +150,6 @@ def place(path, run):
     """Where something lies: relative to the run's if inside it, so that the run can be moved, else absolute."""
     path, run = path.resolve(), run.resolve()
     return str(path.relative_to(run) if path.is_relative_to(run) else path)
-
-
-def progress_bar(*args, **options):
-    return tqdm(*args, dynamic_ncols=True, disable=world()[0] > 0, **options)
 
 
 def write_answers(slm, llm, tokenizer, questions, args, label, keep=lambda question, rollout: rollout, start=0,
