@@ -58,17 +58,19 @@ def rewards(correct, called, rho, solo=1.5):
     return torch.where(~solved & called, rho, reward)                        # asking was right, though in vain
 
 
-def advantages(rewards, scale=True):
+def advantages(rewards, scale=True, floor=0.0):
     """(r - mean) / (std + 1e-6) over each group, the last axis (GRPO, arXiv 2402.03300, section 4.1; unbiased std).
 
     Equal rewards give exactly 0: they are looked for, since the std of equal float32 numbers need not be 0.
-    scale=False leaves out the division (Dr. GRPO, arXiv 2503.20783).
+    scale=False leaves out the division (Dr. GRPO, arXiv 2503.20783). floor: the least std to divide by. Where all of a
+    group are right by one call of one token, their rewards differ by the length of the answers alone, in the fourth
+    digit; divided by its own std that is as much as any other difference, and teaches to write more.
     """
     rewards = torch.as_tensor(rewards) * 1.0               # integers and lists, too
     equal = (rewards == rewards[..., :1]).all(dim=-1, keepdim=True)
     centred = rewards - rewards.mean(dim=-1, keepdim=True)
     if scale and rewards.shape[-1] > 1:
-        centred = centred / (rewards.std(dim=-1, keepdim=True) + 1e-6)
+        centred = centred / (rewards.std(dim=-1, keepdim=True).clamp(min=floor) + 1e-6)
     return centred.masked_fill(equal, 0.0)
 
 
@@ -164,7 +166,7 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
                  seed=[(args.seed, step, i, g) for i in mine for g in range(args.group)])
     groups = [flat[at:at + args.group] for at in range(0, len(flat), args.group)]    # by index, never by text
     right, called, reward = score([questions[i] for i in mine], groups, tokenizer, args)
-    advantage = advantages(reward, args.scale_by_std)
+    advantage = advantages(reward, args.scale_by_std, args.std_floor)
     teaches = advantage.any(dim=-1)            # not where all rewards of a group are equal
     middle = time.perf_counter()
 
@@ -236,9 +238,11 @@ def filter_questions(questions, llm, tokenizer, args, file):
 # time, and the mean and the KL are then over the others). REAL, the defaults of the algorithm's other flags, and
 # `solo` and `dual` above are the paper's or its code's; but micro_tokens and checkpointing are ours.
 TOY = dict(temperature=0.7, max_new_tokens=96, steps=60, questions_per_step=16, group=16, lr=1e-3, updates=1,
-           pool=640, filter_samples=2, ramp=20, skip_equal=True, micro_tokens=3000, checkpointing=False)
+           std_floor=0.03, pool=640, filter_samples=2, ramp=20, skip_equal=True, micro_tokens=3000,
+           checkpointing=False)
 REAL = dict(temperature=1.0, max_new_tokens=8192, steps=100, questions_per_step=128, group=8, lr=1e-6, updates=4,
-            pool=17000, filter_samples=10, ramp=None, skip_equal=False, micro_tokens=4096, checkpointing=True)
+            std_floor=0.0, pool=17000, filter_samples=10, ramp=None, skip_equal=False, micro_tokens=4096,
+            checkpointing=True)
 
 
 def arguments():
@@ -265,6 +269,8 @@ def arguments():
                    help="mean over all tokens (the default; DAPO, arXiv 2503.14476), or of each response's mean (GRPO)")
     g.add_argument("--no-std", dest="scale_by_std", action="store_false",
                    help="do not divide advantages by the group's std (Dr. GRPO, arXiv 2503.20783)")
+    g.add_argument("--std-floor", type=at_least_zero(float), metavar="STD",
+                   help="the least std to divide by: against padding, see README.md")
     g.add_argument("--llm-temperature", type=at_least_zero(float), default=0.7,
                    help="the LLM's, inside a call (0.7)")
     g = p.add_argument_group("questions that the LLM can solve (RelayLLM, section 5)")

@@ -565,8 +565,9 @@ def our_steps(folder, questions, group, tokens, steps):
     policy, reference, tokenizer = load(folder), load(folder), Tokenizer(folder)
     args = SimpleNamespace(
         group=group, max_new_tokens=tokens, temperature=1.0, llm_temperature=0.7, batch=256, seed=0,
-        reward="difficulty", updates=1, skip_equal=False, scale_by_std=True, rho_asked=False, batch_scenarios=False,
-        clip_low=0.2, clip_high=0.3, kl=0.01, loss="token", llm_tokens_in_loss=False, micro_tokens=3000)
+        reward="difficulty", updates=1, skip_equal=False, scale_by_std=True, std_floor=0.0, rho_asked=False,
+        batch_scenarios=False, clip_low=0.2, clip_high=0.3, kl=0.01, loss="token", llm_tokens_in_loss=False,
+        micro_tokens=3000)
     right, grpo.is_right = grpo.is_right, lambda question, rollout, tokenizer: sum(rollout.tokens) % 2 == 0
     optimizer, known = adamw(policy, 1e-6), torch.tensor(tokenizer.known)
     try:

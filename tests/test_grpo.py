@@ -105,6 +105,17 @@ def test_equal_rewards_give_advantages_of_exactly_zero(value):
     assert advantages(torch.full((3, 16), value)).abs().max() == 0
 
 
+def test_a_floor_under_the_std_keeps_the_length_of_right_answers_from_being_an_advantage():
+    """With one call of one token each, the longer of two right answers has the smaller rho: the toy learned to pad.
+
+    A group that shows more than that is as without the floor.
+    """
+    padded = torch.tensor([1 - 1 / 49, 1 - 1 / 49, 1 - 1 / 50, 1 - 1 / 49])
+    assert advantages(padded)[2] > 1.4 and 0 < advantages(padded, floor=0.03)[2] < 0.02
+    shown = torch.tensor([1 - 1 / 49, 1 - 9 / 57, -1.0, 0.0])
+    assert torch.equal(advantages(shown, floor=0.03), advantages(shown))
+
+
 def test_at_ratio_one_the_loss_is_the_plain_policy_gradient():
     """d loss / d logprob = -A, whatever the clip."""
     logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
@@ -235,8 +246,8 @@ def played(monkeypatch, groups, **changes):
     monkeypatch.setattr(grpo, "is_right", lambda question, rollout, tokenizer: bool(rollout.tokens[-1]))
     monkeypatch.setattr(grpo, "update", note)
     args = settings(**dict(dict(group=len(groups[0]), seed=0, max_new_tokens=9, llm_temperature=0.7, batch=None,
-                                reward="difficulty", updates=1, skip_equal=False, scale_by_std=True, rho_asked=False,
-                                batch_scenarios=False), **changes))
+                                reward="difficulty", updates=1, skip_equal=False, scale_by_std=True, std_floor=0.0,
+                                rho_asked=False, batch_scenarios=False), **changes))
     questions = [SimpleNamespace(text="the same text")] * len(groups)
     tokenizer = SimpleNamespace(chat=lambda text: [1])
     known = torch.tensor([True])
@@ -475,7 +486,7 @@ def one_step(tokenizer, changes):
     start = [p.detach().clone() for p in policy.parameters()]
     questions = [SimpleNamespace(text="abcdef"[:1 + i % 5], number=i) for i in range(6)]
     args = settings(**dict(dict(group=4, seed=7, max_new_tokens=12, llm_temperature=0.7, batch=None, updates=2, kl=0.1,
-                                skip_equal=True, scale_by_std=True, odd=2), **changes))
+                                skip_equal=True, scale_by_std=True, std_floor=0.0, odd=2), **changes))
     metrics, groups = grpo.train_step(3, questions, policy, reference, llm, tokenizer, adamw(policy, 1e-3),
                                       torch.tensor(tokenizer.known), 1e-3, args)
     assert len({len(r.tokens) for group in groups for r in group}) > 2
