@@ -40,7 +40,7 @@ import numpy as np
 from data import load_questions, split_of, toy_questions
 from model import digest, fingerprint, load, need, progress_bar, write_beside, write_json
 from relay import (Call, Rollout, Run, WrongArguments, command, figures, fill_in, is_right, load_pair, machine, means,
-                   parser, plain_text, positive, relay, run_script, show_presets)
+                   parser, plain_text, positive, relay, run_script, show_presets, top_p_argument)
 
 TOY = dict(temperature=0.7, max_new_tokens=96, limit=1000, fixed=[1, 4, 9])
 REAL = dict(temperature=0.0, max_new_tokens=8192, fixed=[20, 100, 500])
@@ -73,7 +73,7 @@ class Answers:
 
     def write(self, method, writer, helper, marks, tokenizer, questions, args, **options):
         """Returns (roll-outs, the seconds of all of them). writer, helper: models; marks: their fingerprints."""
-        options |= {key: getattr(args, key) for key in ("temperature", "llm_temperature", "max_new_tokens")}
+        options |= {key: getattr(args, key) for key in ("temperature", "top_p", "llm_temperature", "max_new_tokens")}
         settings = dict(options, marks=marks, dtypes=[str(m.embed.weight.dtype) for m in (writer, helper) if m])
         prompts = [tokenizer.chat(question.text) for question in questions]
         keys = [digest([settings, (args.seed, n), prompt]) for n, prompt in enumerate(prompts)]
@@ -126,7 +126,7 @@ def routers(rows, right):
     p, ends = float(share(answers)), interval(answers, share)
     ours.update(gap_closed=None if np.isnan(p) else p, gap_closed_ci95=None if np.isnan(ends).any() else ends,
                 cost_reduction=1 - ours["rho"] / p if p > 0 else None)
-    same = {key: ours[key] for key in ("method", "questions", "seed", "temperature", "max_new_tokens", "repeat")}
+    same = {key: ours[key] for key in ("questions", "seed", "temperature", "top_p", "max_new_tokens", "repeat")}
     for name, sent in (("random_router", min(p, 1.0) if p > 0 else 0.0), ("random_router_equal_cost", ours["rho"])):
         right[name] = (1 - sent) * answers[0] + sent * answers[1]   # its expected accuracy on each question
         rows[name] = dict(same, method=name, accuracy=float(right[name].mean()), rho=sent, ci95=interval(right[name]))
@@ -243,6 +243,7 @@ def arguments():
     g = p.add_argument_group("the table")
     g.add_argument("--repeat", type=positive(int), default=1,
                    help="answers to each question, at a --temperature above 0 (1; the paper's AIME: 32)")
+    top_p_argument(g)
     g.add_argument("--rows", nargs="*", default=ROWS, metavar="METHOD", help="beside slm, relay and llm only these, of "
                    f"{', '.join(ROWS)} and the names of grpo.py --variant (default: the first four)")
     g.add_argument("--fixed", type=positive(int), nargs="+", metavar="N", help="lengths of the fixed_N rows")
@@ -327,7 +328,8 @@ class Table:
         ran = sum(n * size.get(what[:3], 0) for r in rollouts for what, n in r.cost.items())     # what: "llm_decode"...
         right = np.reshape(hits, (-1, repeat)).mean(axis=1)
         row = dict(method=method, questions=len(right), **means(figures(hits, rollouts)), ci95=interval(right),
-                   seed=args.seed, temperature=args.temperature, max_new_tokens=args.max_new_tokens, repeat=repeat,
+                   seed=args.seed, temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
+                   repeat=repeat,
                    parameters_a_token=ran / max(1, sum(len(r.tokens) for r in rollouts)), seconds=seconds,
                    by_kind=by_kind)
         if questions is None:

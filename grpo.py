@@ -276,7 +276,7 @@ def arguments():
     g = p.add_argument_group("questions that the LLM can solve (RelayLLM, section 5)")
     g.add_argument("--pool", type=positive(int), help="questions before the filter")
     g.add_argument("--filter-samples", type=at_least_zero(int), help="the LLM's answers to each, 0: no filter")
-    g.add_argument("--pass-rate", type=at_least_zero(float), default=0.5, metavar="SHARE",
+    g.add_argument("--pass-rate", type=at_least_zero(float, most=1), default=0.5, metavar="SHARE",
                    help="keep questions that the LLM solves at least this often (0.5)")
     g = p.add_argument_group("comparisons and ablations")
     g.add_argument("--no-teacher", action="store_true", help="plain GRPO: no LLM, and a command is text")
@@ -300,7 +300,6 @@ def arguments():
     fill_in(args, TOY if run.toy else REAL)
     size = max(args.gpus, world()[1])
     taken = r"slm|llm|warmup|eval|relay|relay_no_teacher|fixed\w*|token_router|random_router\w*"     # by eval.py, too
-    need(args.pass_rate <= 1, f"--pass-rate {args.pass_rate}: a share, 0 to 1", WrongArguments)
     need(args.group > 1, "--group 1: a roll-out alone has nothing to be compared with", WrongArguments)
     need(args.temperature > 0, "--temperature 0: the roll-outs of a group would all be the same", WrongArguments)
     need(re.fullmatch(r"\w+", args.variant) and not re.fullmatch(taken, args.variant, re.I),

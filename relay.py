@@ -491,19 +491,27 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists what there is)\n")
 
 
-def positive(kind, or_zero=False):
-    """An argparse type: a finite number above 0, or also 0."""
+def positive(kind, or_zero=False, most=math.inf):
+    """An argparse type: a finite number above 0 (or also 0), of at most `most`."""
     def number(text):
         value = kind(text)
-        if not 0 <= value < float("inf") or value == 0 and not or_zero:
+        if not 0 <= value <= most or value == math.inf or value == 0 and not or_zero:
             raise ValueError
         return value
-    number.__name__ = "number of 0 or more" if or_zero else "positive number"       # argparse prints it in its error
+    kept = f" up to {most}" if most < math.inf else ""
+    number.__name__ = ("number of 0 or more" if or_zero else "positive number") + kept    # argparse prints it
     return number
 
 
-def at_least_zero(kind):
-    return positive(kind, or_zero=True)
+def at_least_zero(kind, most=math.inf):
+    return positive(kind, or_zero=True, most=most)
+
+
+def top_p_argument(p):
+    """For the scripts that do not train: what is learned from must be samples of the model itself."""
+    p.add_argument("--top-p", type=positive(float, most=1), default=1.0, metavar="P",
+                   help="sample among the likeliest tokens only that have this probability together (1: all; within a "
+                        "call the LLM always takes all)")
 
 
 def parser(description, example):
@@ -713,7 +721,7 @@ def show(text, slm, llm, tokenizer, args, colour):
     try:
         rollout, = relay(slm, llm, tokenizer, [tokenizer.chat(text)], seed=args.seed, on_token=show_token,
                          max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                         llm_temperature=args.llm_temperature)
+                         llm_temperature=args.llm_temperature, top_p=args.top_p)
     finally:                                                      # also where Ctrl-C has stopped it
         print(decoder.decode(b"", final=True) + (marks[1] if last else ""))
     seconds, calls = time.perf_counter() - start, [call for call in rollout.calls if call.delivered]
@@ -759,6 +767,7 @@ def main():
                'python relay.py "Dan buys 3 lutes and a basket for 2 coins. How many coins does Dan pay?"')
     p.add_argument("question", nargs="?", help="default: one of the toy's; with real models: standard input")
     p.add_argument("--interactive", action="store_true", help="ask for questions, a line each, until the input ends")
+    top_p_argument(p)
     show_presets(p, TOY, REAL, slm=" (RUN/grpo, before that RUN/warmup)")
     args = p.parse_args()
     run = Run(args.run)

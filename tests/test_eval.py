@@ -16,7 +16,8 @@ from relay import Call, Rollout, figures, means
 
 
 def row(rho=0.0):
-    return dict(method="relay", rho=rho, questions=10000, seed=1, temperature=0.7, max_new_tokens=96, repeat=1)
+    return dict(method="relay", rho=rho, questions=10000, seed=1, temperature=0.7, top_p=1.0, max_new_tokens=96,
+                repeat=1)
 
 
 def hits(accuracy, n=10000):
@@ -98,7 +99,7 @@ def test_the_bound_counts_the_facts_that_the_slm_lacks(tokenizer):
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers that are kept
 
-ARGS = dict(temperature=1.0, llm_temperature=0.7, max_new_tokens=8, seed=1, batch=3)
+ARGS = dict(temperature=1.0, top_p=1.0, llm_temperature=0.7, max_new_tokens=8, seed=1, batch=3)
 
 
 @pytest.fixture
@@ -135,7 +136,7 @@ def test_an_answer_is_written_once_and_read_back_as_it_was(writer):
     assert any(any(r.by_llm) for r in first) and len({tuple(r.tokens) for r in first}) > 2
 
 
-@pytest.mark.parametrize("changes", [dict(seed=2), dict(temperature=0.5), dict(llm_temperature=0.5),
+@pytest.mark.parametrize("changes", [dict(seed=2), dict(temperature=0.5), dict(top_p=0.5), dict(llm_temperature=0.5),
                                      dict(max_new_tokens=7), dict(marks=("a", "c")), dict(options=dict(fixed=3)),
                                      dict(options=dict(no_calls=True))])
 def test_an_answer_of_other_settings_is_never_taken_for_this_ones(writer, changes):

@@ -864,7 +864,7 @@ def test_a_character_is_shown_when_it_is_whole_also_across_a_hand_off(capsys, co
     """Half a character is a question mark on the screen, on both sides of the hand-off."""
     tokenizer = ByteTokenizer()
     slm, llm = Scripted(tokenizer, list(b"<call>1</call>\xa9x")), Scripted(tokenizer, [0xc3])
-    args = SimpleNamespace(seed=1, max_new_tokens=40, temperature=0, llm_temperature=0)
+    args = SimpleNamespace(seed=1, max_new_tokens=40, temperature=0, top_p=1.0, llm_temperature=0)
     relay_module.show("hi", slm, llm, tokenizer, args, colour)
     said = capsys.readouterr().out
     assert "\u00e9x" in said and "\ufffd" not in said and ("\033[92m" in said) == colour == ("[]" not in said)
@@ -908,7 +908,7 @@ def test_frozen_models_are_in_bfloat16_where_the_hardware_has_it_but_never_the_t
 def shown(capsys, script, told, **more):
     """What show() prints of a scripted pair."""
     tokenizer = ByteTokenizer()
-    args = SimpleNamespace(**dict(seed=1, max_new_tokens=80, temperature=0, llm_temperature=0) | more)
+    args = SimpleNamespace(**dict(seed=1, max_new_tokens=80, temperature=0, top_p=1.0, llm_temperature=0) | more)
     relay_module.show("hi", Scripted(tokenizer, script), Scripted(tokenizer, told), tokenizer, args, colour=True)
     return capsys.readouterr().out
 
