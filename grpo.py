@@ -234,9 +234,10 @@ def filter_questions(questions, llm, tokenizer, args, file):
 # Settings (skip them on a first reading)
 
 # What the presets differ in. The toy samples at 0.7: at 1.0 it may learn to call always (README.md, "What failed on the
-# way"). Not flags: `ramp` (see train), and `skip_equal` (groups of equal rewards are left out of the update: it saves
-# time, and the mean and the KL are then over the others). REAL, the defaults of the algorithm's other flags, and
-# `solo` and `dual` above are the paper's or its code's; but micro_tokens and checkpointing are ours.
+# way"); without a floor it may learn to pad (see advantages). Not flags: `ramp` (see train), and `skip_equal` (groups
+# of equal rewards are left out of the update: it saves time, and the mean and the KL are then over the others). REAL,
+# the defaults of the algorithm's other flags, and `solo` and `dual` above are the paper's or its code's; but
+# micro_tokens and checkpointing are ours.
 TOY = dict(temperature=0.7, max_new_tokens=96, steps=60, questions_per_step=16, group=16, lr=1e-3, updates=1,
            std_floor=0.03, pool=640, filter_samples=2, ramp=20, skip_equal=True, micro_tokens=3000,
            checkpointing=False)
@@ -270,7 +271,8 @@ def arguments():
     g.add_argument("--no-std", dest="scale_by_std", action="store_false",
                    help="do not divide advantages by the group's std (Dr. GRPO, arXiv 2503.20783)")
     g.add_argument("--std-floor", type=at_least_zero(float), metavar="STD",
-                   help="the least std to divide by: against padding, see README.md")
+                   help="divide by at least this: then the length of right answers is no advantage (README.md, \"What "
+                        "failed on the way\")")
     g.add_argument("--llm-temperature", type=at_least_zero(float), default=0.7,
                    help="the LLM's, inside a call (0.7)")
     g = p.add_argument_group("questions that the LLM can solve (RelayLLM, section 5)")
