@@ -260,7 +260,7 @@ class Tokenizer:
         pieces = [text]
         for pattern in self._splits:
             pieces = [part for piece in pieces for part in cut(pattern, piece)]
-        return [i for piece in pieces for i in self._merge(piece.encode())]
+        return [i for piece in pieces for i in self._merge(piece.encode("utf-8", "surrogateescape"))]
 
     def _merge(self, data):
         """Ids of one piece of text, given as bytes. A byte that the vocabulary lacks is dropped, as in transformers."""
@@ -277,11 +277,7 @@ class Tokenizer:
 
     def encode_bytes(self, data):
         """Ids whose bytes, one after the other, are exactly `data`: nothing is normalised, broken UTF-8 stays."""
-        ids = []
-        for part in re.split("([\udc80-\udcff]+)", data.decode("utf-8", "surrogateescape")):
-            broken = "\udc80" <= part < "\ue000"  # bytes that are no UTF-8, as surrogates
-            ids += self._merge(part.encode("utf-8", "surrogateescape")) if broken else self._encode(part)
-        return ids
+        return self._encode(data.decode("utf-8", "surrogateescape"))         # bytes that are no UTF-8, as surrogates
 
     def decode(self, ids):
         """Ids to text. Broken UTF-8 becomes U+FFFD; an id that the tokenizer does not have becomes nothing."""
@@ -435,22 +431,17 @@ def load_questions(path, limit=None):
     """
     need(Path(path).suffix != ".parquet",
          f"{path}: parquet is not read; write it out as .jsonl first (pandas: to_json, lines=True)")
-    questions, where, listed = [], f"{path}: cannot be read", False
+    questions, where = [], f"{path}: cannot be read"
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        listed = text.lstrip().startswith("[")
-        for number, row in enumerate(json.loads(text) if listed else text.split("\n"), 1):
+        data = Path(path).read_bytes()
+        listed = data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")              # behind a byte order mark
+        for number, row in enumerate(json.loads(data) if listed else data.split(b"\n"), 1):
             where = f"{path}: {'entry' if listed else 'line'} {number}"
             if limit is not None and len(questions) >= limit:
                 break
             if listed or row.strip():
                 questions.append(read_question(row if listed else json.loads(row)))
     except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, UnicodeDecodeError):
-            number = error.object.count(b"\n", 0, error.start) + 1
-            where = f"{path}: line {number}"
-        elif listed and isinstance(error, json.JSONDecodeError):
-            where = f"{path}: line {error.lineno}"
         raise ValueError(f"{where}: {error}") from None
     need(questions, f"{path}: no questions in it")
     return questions

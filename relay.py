@@ -81,8 +81,7 @@ class Rollout:
     tokens: list = field(default_factory=list)      # the response: commands and the end-of-text token included
     by_llm: list = field(default_factory=list)      # for each token: did the LLM write it?
     logprobs: list = field(default_factory=list)    # for each token
-    calls: list = field(default_factory=list)       # a Call for each command obeyed; one that delivered nothing (n = 0)
-                                                    # counts as no call in any figure
+    calls: list = field(default_factory=list)       # a Call for each command obeyed (n = 0: one that delivers nothing)
     end: str = ""                                   # "eos", "eos_by_llm", or "length": the budget is spent
     cost: dict = field(default_factory=dict)        # tokens read: slm_prefill, slm_decode, llm_prefill, llm_decode
 
@@ -149,8 +148,7 @@ class Reader:
     """A model, its KV cache, and for every row the text that the model is to see.
 
     This is what the relay asks of either model: begin() a row with its prompt, feed() it tokens, step() some rows
-    for the logits of their next token, tell the cost() of one, drop() what has ended. What of a row's text is in the
-    cache is never read again.
+    for the logits of their next token, tell the cost() of one, drop() what has ended.
     """
 
     def __init__(self, model):
@@ -228,10 +226,7 @@ class Reader:
 # Commands
 
 def without_commands(tokens, tokenizer):
-    """The token ids of the same text with every command cut out.
-
-    A token that no command touches stays as it is. Bytes that share a token with a command are encoded again.
-    """
+    """The token ids of the same text with every command cut out: rule 2 above."""
     pieces = [tokenizer.token_bytes[t] for t in tokens]
     gone = {i for match in COMMAND.finditer(b"".join(pieces)) for i in range(*match.span())}    # places of bytes
     kept, rest, at = [], b"", 0
@@ -366,8 +361,7 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
                router, no_calls):
     """Write the responses of all rows, turn by turn, `places` of them at once. Returns {index: Rollout}.
 
-    coming: (index, prompt, budget, seed) of each row. Without an LLM nobody ever waits: the SLM has one turn, to the
-    end.
+    coming: (index, prompt, budget, seed) of each row. Without an LLM nobody ever waits.
     """
     known = torch.tensor(tokenizer.known, device=slm.embed.weight.device)
     banned = completing(tokenizer, known.device) if no_calls else None

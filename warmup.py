@@ -185,12 +185,9 @@ def training_questions(args, toy, stage, count, checks):
     return list(itertools.islice(pool, count)), list(itertools.islice(held_out, checks))
 
 
-PROMPT = 4096     # tokens of a question at most (the paper's training)
-
-
-def short(questions, tokenizer, slm, llm):
-    """Those with a prompt of at most PROMPT tokens that leaves room for a response in both models' contexts."""
-    most = min(PROMPT, slm.config.context - 1, llm.config.context - 1)
+def short(questions, tokenizer, slm, llm, most=4096):
+    """Those with a prompt of at most `most` tokens (the paper's) that leaves room for a response in both contexts."""
+    most = min(most, slm.config.context - 1, llm.config.context - 1)
     kept = [q for q in questions if len(tokenizer.chat(q.text)) <= most]
     if longer := len(questions) - len(kept):
         print(f"left out: {longer} of {len(questions)} questions, whose prompts have over {most} tokens")

@@ -282,15 +282,14 @@ def test_the_warm_up_learns_every_token_of_an_answer_and_none_of_its_prompt(seen
     assert len(seen.rates) == 6 and seen.rates == sorted(seen.rates, reverse=True) and seen.rates[-1] > 0
 
 
-def test_questions_that_leave_no_room_are_left_out_and_counted(monkeypatch, capsys):
+def test_questions_that_leave_no_room_are_left_out_and_counted(capsys):
     """One prompt over a model's context ended a run of days, when its turn came, and again at every resume."""
     short, long = SimpleNamespace(text="abc"), SimpleNamespace(text="abcd")       # the byte tokenizer adds 5
     small, large = (SimpleNamespace(config=SimpleNamespace(context=n)) for n in (9, 99))
     for pair in ((small, large), (large, small)):
         assert warmup.short([short, long, short], ByteTokenizer(), *pair) == [short, short]
         assert "1 of 3" in capsys.readouterr().out
-    monkeypatch.setattr(warmup, "PROMPT", 8)
-    assert warmup.short([short, long], ByteTokenizer(), large, large) == [short]
+    assert warmup.short([short, long], ByteTokenizer(), large, large, most=8) == [short]
 
 
 def test_models_inside_a_run_move_with_it():
