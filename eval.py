@@ -329,9 +329,8 @@ class Table:
         right = np.reshape(hits, (-1, repeat)).mean(axis=1)
         row = dict(method=method, questions=len(right), **means(figures(hits, rollouts)), ci95=interval(right),
                    seed=args.seed, temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
-                   repeat=repeat,
-                   parameters_a_token=ran / max(1, sum(len(r.tokens) for r in rollouts)), seconds=seconds,
-                   by_kind=by_kind)
+                   repeat=repeat, parameters_a_token=ran / max(1, sum(len(r.tokens) for r in rollouts)),
+                   seconds=seconds, by_kind=by_kind)
         if questions is None:
             self.rows[method], self.right[method], self.pairs[method] = row, right, list(zip(asked, rollouts))
         return row
