@@ -431,17 +431,22 @@ def load_questions(path, limit=None):
     """
     need(Path(path).suffix != ".parquet",
          f"{path}: parquet is not read; write it out as .jsonl first (pandas: to_json, lines=True)")
-    questions, where = [], f"{path}: cannot be read"
+    questions, where, listed = [], f"{path}: cannot be read", False
     try:
-        data = Path(path).read_bytes()
-        listed = data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")              # behind a byte order mark
-        for number, row in enumerate(json.loads(data) if listed else data.split(b"\n"), 1):
+        text = Path(path).read_text(encoding="utf-8-sig")
+        listed = text.lstrip().startswith("[")
+        for number, row in enumerate(json.loads(text) if listed else text.split("\n"), 1):
             where = f"{path}: {'entry' if listed else 'line'} {number}"
             if limit is not None and len(questions) >= limit:
                 break
             if listed or row.strip():
                 questions.append(read_question(row if listed else json.loads(row)))
     except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            number = error.object.count(b"\n", 0, error.start) + 1
+            where = f"{path}: line {number}"
+        elif listed and isinstance(error, json.JSONDecodeError):
+            where = f"{path}: line {error.lineno}"
         raise ValueError(f"{where}: {error}") from None
     need(questions, f"{path}: no questions in it")
     return questions

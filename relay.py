@@ -226,7 +226,10 @@ class Reader:
 # Commands
 
 def without_commands(tokens, tokenizer):
-    """The token ids of the same text with every command cut out: rule 2 above."""
+    """The token ids of the same text with every command cut out.
+
+    A token that no command touches stays as it is. Bytes that share a token with a command are encoded again.
+    """
     pieces = [tokenizer.token_bytes[t] for t in tokens]
     gone = {i for match in COMMAND.finditer(b"".join(pieces)) for i in range(*match.span())}    # places of bytes
     kept, rest, at = [], b"", 0

@@ -427,7 +427,7 @@ def test_a_file_that_is_missing_or_empty_is_refused_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="q.json: "):
         load_questions(tmp_path / "q.json")
     (tmp_path / "q.json").write_text('[{"problem": "Q", "answer": 1},\n{]')
-    with pytest.raises(ValueError, match="q.json: .*line 2"):
+    with pytest.raises(ValueError, match="q.json: line 2"):
         load_questions(tmp_path / "q.json")
     (tmp_path / "q.jsonl").write_bytes(b'{"problem": "Q", "answer": 1}\n{"problem": "\xe9", "answer": 1}\n')
     with pytest.raises(ValueError, match="q.jsonl: line 2: 'utf-8' codec"):

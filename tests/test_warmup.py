@@ -221,6 +221,7 @@ def test_adamws_first_step_is_the_rate_against_the_gradients_sign_beside_the_dec
     optimizer.param_groups[0]["lr"] = 0.1                          # as apply_gradient() does, before each step
     optimizer.step()
     expected = before * (1 - 0.1 * 0.01) - 0.1 * model.weight.grad.sign()
+    assert optimizer.defaults["fused"]
     torch.testing.assert_close(model.weight.detach(), expected, rtol=0, atol=1e-5)
 
 
