@@ -60,7 +60,7 @@ SHAPES = {
                        tie_word_embeddings=True),
     "qwen3-8b": dict(QWEN3, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32),
     "qwen3-32b": dict(QWEN3, hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, num_attention_heads=64),
-    "toy": dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], vocab_size=330, max_position_embeddings=512,
+    "toy": dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], vocab_size=834, max_position_embeddings=512,
                 rope_theta=1e4, tie_word_embeddings=True, num_key_value_heads=2, head_dim=16, **TOY_SIZES["slm"]),
 }
 TEXTS = ["What is the capital of France?", "Tom has 3 boxes of 12 pens and gives away 7. How many pens are left?",
@@ -399,7 +399,7 @@ def relay_row(bench):
         writer = Forced(slm, prompts, [gap + i * (gap + 1 + asked) for i in range(calls)])
         helper = Forced(llm, prompts, ())                # never writes a command
 
-        def play(reader):
+        def once(reader):
             """Seconds of one relay whose LLM is read by this kind of Reader."""
             engine.Reader = lambda model: (reader if model is helper else Reader)(model)
             start = bench.now()
@@ -408,11 +408,15 @@ def relay_row(bench):
             assert all(len(o.calls) == calls and sum(o.by_llm) == calls * asked for o in out)
             return bench.now() - start
 
-        # Half a minute and more each: long enough to need no repeats
+        rivals = {ReSendingEach: "re-sending at each call", ReSending: "the same, prompts read once"}
+        total, seconds = len(prompts) * budget, {reader: [] for reader in (Reader, *rivals)}
         relay(slm, llm, Numbers(slm.config.vocab_size), prompts[:2], max_new_tokens=4)
-        mine, total = play(Reader), len(prompts) * budget
-        for reader, name in ((ReSendingEach, "re-sending at each call"), (ReSending, "the same, prompts read once")):
-            rival = play(reader)
+        for _ in range(1 if bench.device == "cpu" else bench.repeats):     # half a minute and more each on a CPU: long
+            for reader in seconds:                                         # enough to need no repeats
+                seconds[reader].append(once(reader))
+        mine = min(seconds[Reader])
+        for reader, name in rivals.items():
+            rival = min(seconds[reader])
             bench.add(f"relay, {questions} x {group} roll-outs, {calls} calls", dtype, f"{total / mine:.1f} tokens/s",
                       f"{total / rival:.1f} tokens/s", name, rival / mine)
 
@@ -560,16 +564,16 @@ def learning(bench):
 
 # A step of GRPO, beside TRL
 
-def our_steps(folder, questions, group, tokens, steps):
+def our_steps(folder, device, questions, group, tokens, steps):
     """Seconds of (sampling, learning) of each step; half of all answers count as right, so that there is a gradient."""
-    policy, reference, tokenizer = load(folder), load(folder), Tokenizer(folder)
+    policy, reference, tokenizer = load(folder, device), load(folder, device), Tokenizer(folder)
     args = SimpleNamespace(
         group=group, max_new_tokens=tokens, temperature=1.0, llm_temperature=0.7, batch=256, seed=0,
         reward="difficulty", updates=1, skip_equal=False, scale_by_std=True, std_floor=0.0, rho_asked=False,
         batch_scenarios=False, clip_low=0.2, clip_high=0.3, kl=0.01, loss="token", llm_tokens_in_loss=False,
         micro_tokens=3000)
     right, grpo.is_right = grpo.is_right, lambda question, rollout, tokenizer: sum(rollout.tokens) % 2 == 0
-    optimizer, known = adamw(policy, 1e-6), torch.tensor(tokenizer.known)
+    optimizer, known = adamw(policy, 1e-6), torch.tensor(tokenizer.known, device=device)
     try:
         asked = [Question(text, "1") for text in questions]
         metrics = [grpo.train_step(step, asked, policy, reference, None, tokenizer, optimizer, known, 1e-6, args)[0]
@@ -579,7 +583,7 @@ def our_steps(folder, questions, group, tokens, steps):
     return [(m["sample_seconds"], m["learn_seconds"]) for m in metrics]
 
 
-def trl_steps(folder, questions, group, tokens, steps, bf16):
+def trl_steps(folder, device, questions, group, tokens, steps, bf16):
     """Seconds of each step of TRL's GRPOTrainer with the same model, questions, group, length, KL and rewards.
 
     bf16: its mixed precision, float32 weights with products in bfloat16.
@@ -598,8 +602,9 @@ def trl_steps(folder, questions, group, tokens, steps, bf16):
     with tempfile.TemporaryDirectory() as out:
         config = GRPOConfig(
             output_dir=out, per_device_train_batch_size=len(questions) * group, num_generations=group, max_steps=steps,
-            max_completion_length=tokens, learning_rate=1e-6, beta=0.01, temperature=1.0, use_cpu=True, bf16=bf16,
-            gradient_checkpointing=False, report_to=[], save_strategy="no", logging_steps=1000, disable_tqdm=True)
+            max_completion_length=tokens, learning_rate=1e-6, beta=0.01, temperature=1.0, use_cpu=device == "cpu",
+            bf16=bf16, gradient_checkpointing=False, report_to=[], save_strategy="no", logging_steps=1000,
+            disable_tqdm=True)
         rows = [dict(prompt=[dict(role="user", content=text)]) for text in questions] * steps
         trainer = GRPOTrainer(
             model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), args=config, callbacks=[Clock()],
@@ -610,31 +615,33 @@ def trl_steps(folder, questions, group, tokens, steps, bf16):
 
 
 def grpo_row(bench):
-    """Ours in float32, TRL in float32 and, where the hardware has bfloat16, with that; no calls."""
+    """Ours in float32 (on CUDA with products in TF32, as our scripts), TRL in the same and, where the hardware has
+    bfloat16, with that; no calls. TRL samples with generate(), not with vLLM."""
     if transformers is None or importlib.util.find_spec("trl") is None:
         bench.notes.append("the row grpo needs trl (pip install trl)")
         return
-    works = [("GRPO step, toy SLM", None, bench.size(16, 2), bench.size(16, 4), bench.size(64, 8))]
-    smollm2 = bench.args.models and bench.args.models / "smollm2"
-    if smollm2 and smollm2.is_dir() and not bench.quick:
-        works.append(("GRPO step, SmolLM2-135M", smollm2, 2, 8, 64))
-    for work, path, n, group, tokens in works:
+    torch.set_float32_matmul_precision("highest" if bench.device == "cpu" else "high")
+    works = [("toy SLM", "toy", 16, 16, 64), ("SmolLM2-135M", "smollm2", 2, 8, 64)]
+    if bench.device != "cpu":
+        works.append(("Qwen3-1.7B's shape", "qwen3-1.7b", 4, 8, 256))
+    for work, model, *sizes in works[:bench.size(3, 1)]:
+        n, group, tokens = bench.size(sizes, (2, 4, 8))
         with tempfile.TemporaryDirectory() as made:
-            if path is None:
+            path = bench.args.models and bench.args.models / model
+            if not path or not path.is_dir():
+                path = made
                 save_toy_tokenizer(made)
-                tokenizer = Tokenizer(made)
-                shape = dict(SHAPES["toy"], vocab_size=len(tokenizer.known), eos_token_id=tokenizer.end_id)
-                save(Transformer(parse_config(shape, "toy")).initialize(0), made)
+                save(on_device(bench, model, torch.bfloat16), made)
             asked = [f"Dan buys {i + 2} lutes and a basket for 5 coins. How many coins does Dan pay?" for i in range(n)]
             steps = bench.size(4, 2)           # the first does not count: no policy has learnt before it
-            ours = our_steps(path or made, asked, group, tokens, steps)[1:]
-            theirs = {name: min(trl_steps(path or made, asked, group, tokens, steps, bf16)[1:])
+            ours = our_steps(path, bench.device, asked, group, tokens, steps)[1:]
+            theirs = {name: min(trl_steps(path, bench.device, asked, group, tokens, steps, bf16)[1:])
                       for name, bf16 in (("TRL", False), ("TRL with bf16=True", True)) if bench.native or not bf16}
         best = min(ours, key=sum)
         for name, seconds in theirs.items():
-            bench.add(f"{work}, {n} x {group} x {tokens}", torch.float32, f"{sum(best):.2f} s", f"{seconds:.2f} s",
+            bench.add(f"GRPO step, {work}, {n} x {group} x {tokens}", torch.float32, f"{sum(best):.2f} s", f"{seconds:.2f} s",
                       name, seconds / sum(best))
-        bench.notes.append(f"{work}: sampling {best[0]:.2f} s, learning {best[1]:.2f} s")
+        bench.notes.append(f"GRPO step, {work}: sampling {best[0]:.2f} s, learning {best[1]:.2f} s")
 
 
 ROWS = dict(grpo=grpo_row, smollm2=smollm2, ragged=ragged, qwen=qwen, toy=toy, bandwidth=bandwidth, scale=scale,

@@ -865,6 +865,8 @@ def memory_of_updates(config, rollouts, length, device="cpu", **options):
         return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 
     args = settings(batch=256, questions_per_step=1, group=rollouts, prompt_tokens=8, max_new_tokens=length, **options)
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()             # to what is allocated now
     before = anonymous()
     policy, reference = (Transformer(config).initialize(0).to(device) for _ in range(2))
     policy.checkpointing = args.checkpointing
