@@ -50,8 +50,8 @@ def memory_needed(slm, llm, args, llm_bytes=2):
 
 
 # What one H200 reached at the shapes of Qwen3-1.7B and 8B (tests/bench.py --device cuda --rows scale)
-FLOPS = 138e12            # operations a second, learning, TF32
-BANDWIDTH = 1.2e12, 2.2e12       # bytes a second, decoding 32 to 128 rows at 1,000 tokens: float32, bfloat16
+FLOPS = 136e12            # operations a second, learning, TF32
+BANDWIDTH = 2.1e12, 2.4e12       # bytes a second, decoding 32 to 128 rows at 1,000 tokens: float32, bfloat16
 
 
 def hours_needed(slm, llm, args, length, rho, llm_bytes=2):
