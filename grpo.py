@@ -200,32 +200,34 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
 # ---------------------------------------------------------------------------------------------------------------------
 # Which questions (skip it on a first reading)
 
-FILTERED = 1000   # questions whose answers filter_questions() holds in memory, before it notes how far it has come
+FILTERED = 1000   # questions that filter_questions() has answered, before it notes how far it has come
 
 
 def filter_questions(questions, llm, tokenizer, args, file):
     """Keep the questions that the LLM solves alone often enough (RelayLLM, section 5): only there can asking help.
 
-    With real models this takes hours, so what it found is kept in `file`, for --resume and for variants, after every
-    FILTERED questions.
+    Of its n answers only those are written that can still decide: 5 right ones of 10 do, or 6 wrong ones. With real
+    models this takes hours, so what came out is kept in `file`, for --resume and for variants.
     """
     n = args.filter_samples
     if n == 0:
         return questions
+    enough = sum(k / n < args.pass_rate for k in range(n))                     # right answers that keep a question
     model = [str(llm.embed.weight.dtype), llm.norm.weight.tolist()]            # enough to tell one LLM from another
-    asked = [[q.text for q in questions], model, n, args.seed, args.llm_temperature, args.max_new_tokens]
-    key = digest(asked)
+    key = digest([model, n, args.seed, args.llm_temperature, args.max_new_tokens, [q.text for q in questions]])
     earlier = meet(read_json(file, {}))[0]             # before the first process writes it
-    solved = earlier.get(key, [])              # how often, question by question, as far as it has come
-    while len(solved) < len(questions):
-        many = [q for q in questions[len(solved):len(solved) + FILTERED] for _ in range(n)]
-        right = write_answers(llm, None, tokenizer, many, args, "filter", temperature=args.llm_temperature,
-                              keep=lambda question, rollout: is_right(question, rollout, tokenizer),
-                              start=len(solved) * n)
-        solved = solved + [sum(right[i:i + n]) for i in range(0, len(right), n)]
+    counts = earlier.get(key) or [[0, 0] for _ in questions]                   # right and wrong answers to each
+    missing = lambda right, wrong: max(0, min(enough - right, n - enough + 1 - wrong))
+    while undecided := [i for i, count in enumerate(counts) if missing(*count)][:FILTERED]:
+        asked = [(i, sum(counts[i]) + k) for i in undecided for k in range(missing(*counts[i]))]
+        right = write_answers(llm, None, tokenizer, [questions[i] for i, _ in asked], args, "filter",
+                              temperature=args.llm_temperature, places=[i * n + k for i, k in asked],
+                              keep=lambda question, rollout: is_right(question, rollout, tokenizer))
+        for (i, _), hit in zip(asked, right):
+            counts[i][not hit] += 1
         if world()[0] == 0:
-            write_json(file, earlier | {key: solved})
-    kept = [q for q, times in zip(questions, solved) if times / n >= args.pass_rate]
+            write_json(file, earlier | {key: counts})
+    kept = [q for q, (right, _) in zip(questions, counts) if right >= enough]
     print(f"filter: the LLM solves {len(kept)} of {len(questions)} questions")
     return kept
 

@@ -152,18 +152,18 @@ def place(path, run):
     return str(path.relative_to(run) if path.is_relative_to(run) else path)
 
 
-def write_answers(slm, llm, tokenizer, questions, args, label, keep=lambda question, rollout: rollout, start=0,
+def write_answers(slm, llm, tokenizer, questions, args, label, keep=lambda question, rollout: rollout, places=None,
                   **options):
     """relay() over questions with the script's settings and a progress bar; each process writes its share.
 
     Returns what keep(question, rollout) makes of each; only that is sent to the other processes. Question i draws its
-    random numbers by the seed (args.seed, start + i).
+    random numbers by the seed (args.seed, places[i]) (default: i).
     """
     (rank, size), n = world(), len(questions)
     mine = range(rank * n // size, (rank + 1) * n // size)
     with progress_bar(total=len(mine), desc=label, unit="answer", leave=label != "check") as bar:
         options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, batch=args.batch,
-                       seed=[(args.seed, start + i) for i in mine], on_end=lambda *_: bar.update()) | options
+                       seed=[(args.seed, places[i] if places else i) for i in mine], on_end=lambda *_: bar.update()) | options
         rollouts = relay(slm, llm, tokenizer, [tokenizer.chat(questions[i].text) for i in mine], **options)
     return sum(meet([keep(questions[i], rollout) for i, rollout in zip(mine, rollouts)]), [])
 

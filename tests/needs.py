@@ -52,6 +52,7 @@ def memory_needed(slm, llm, args, llm_bytes=2):
 # What one H200 reached at the shapes of Qwen3-1.7B and 8B (tests/bench.py --device cuda --rows scale)
 FLOPS = 136e12            # operations a second, learning, TF32
 BANDWIDTH = 2.1e12, 2.4e12       # bytes a second, decoding 32 to 128 rows at 1,000 tokens: float32, bfloat16
+WRITTEN = 0.7             # of the filter's answers; others can no longer decide (0.71 where all pass rates are as many)
 
 
 def hours_needed(slm, llm, args, length, rho, llm_bytes=2):
@@ -67,7 +68,7 @@ def hours_needed(slm, llm, args, length, rho, llm_bytes=2):
     steps = args.steps * decoding(rows)
     held = min(args.batch, rows) * (args.prompt_tokens + args.max_new_tokens)       # tokens in the caches, as read
     learned = args.steps * rows * (args.prompt_tokens / args.group + length)
-    answers = decoding(args.pool * args.filter_samples)                     # steps of the LLM for the filter
+    answers = decoding(WRITTEN * args.pool * args.filter_samples)           # steps of the LLM for the filter
     slow, fast = BANDWIDTH
     seconds = dict(
         filter=answers * (llm_bytes * large + held * cache_bytes(llm, llm_bytes)) / fast,

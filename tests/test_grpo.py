@@ -442,9 +442,9 @@ def test_the_filter_keeps_what_the_llm_solves_often_enough_and_asks_it_once(tmp_
     """170,000 answers of the LLM were written again by every --resume and every variant."""
     asked = []
 
-    def answers(llm, nobody, tokenizer, questions, args, label, keep, temperature, start):
+    def answers(llm, nobody, tokenizer, questions, args, label, keep, temperature, places):
         asked.append(len(questions))
-        return [q.number >= i % args.filter_samples for i, q in enumerate(questions)]
+        return [q.number >= place % args.filter_samples for place, q in zip(places, questions, strict=True)]
 
     monkeypatch.setattr(grpo, "write_answers", answers)
     pool = [SimpleNamespace(text=f"question {i}", number=i - 1) for i in range(6)]      # solved 0, 1, 2, 3, 4, 4 times
@@ -455,23 +455,43 @@ def test_the_filter_keeps_what_the_llm_solves_often_enough_and_asks_it_once(tmp_
         kept = grpo.filter_questions(pool, tiny("qwen3", dtype=dtype), None, args, tmp_path / "filter.json")
         return [q.number for q in kept]
 
-    assert choose() == [1, 2, 3, 4] and choose(pass_rate=0.75) == [2, 3, 4] and asked == [24]
-    assert choose(filter_samples=2) == [0, 1, 2, 3, 4] and asked == [24, 12]
-    assert choose(filter_samples=0) == [-1, 0, 1, 2, 3, 4] and asked == [24, 12]
-    assert choose() == [1, 2, 3, 4] and asked == [24, 12]                                # both are kept
-    assert choose(dtype=torch.bfloat16) == [1, 2, 3, 4] and asked == [24, 12, 24]        # another LLM, in effect
+    assert choose() == [1, 2, 3, 4] and asked == [12, 2, 1]                              # not 24: the rest is decided
+    assert choose(pass_rate=0.75) == [2, 3, 4] and asked == [12, 2, 1, 4, 1]             # only what is not known yet
+    assert choose(filter_samples=2) == [0, 1, 2, 3, 4] and asked[5:] == [6, 1]
+    assert choose(filter_samples=0) == choose(pass_rate=0) == [-1, 0, 1, 2, 3, 4] and len(asked) == 7
+    assert choose() == [1, 2, 3, 4] and len(asked) == 7                                  # both are kept
+    assert choose(dtype=torch.bfloat16) == [1, 2, 3, 4] and asked[7:] == [12, 2, 1]      # another LLM, in effect
     monkeypatch.setattr(grpo, "FILTERED", 4)
 
-    def killed(*args, start, **options):
-        if start:
+    def killed(*args, **options):
+        if len(asked) > 10:
             raise KeyboardInterrupt
-        return answers(*args, start=start, **options)
+        return answers(*args, **options)
 
     monkeypatch.setattr(grpo, "write_answers", killed)
     with pytest.raises(KeyboardInterrupt):
         choose(seed=2)
     monkeypatch.setattr(grpo, "write_answers", answers)
-    assert choose(seed=2) == [1, 2, 3, 4] and asked[3:] == [16, 8]                       # goes on after the first part
+    assert choose(seed=2) == [1, 2, 3, 4] and asked[10:] == [8, 6, 1]                    # goes on after the first part
+
+
+@pytest.mark.parametrize("n, rate", [(1, 0.5), (2, 0.5), (10, 0.5), (10, 0.05), (10, 1.0), (16, 0.3), (7, 0.7)])
+def test_the_filter_decides_as_all_answers_would(n, rate, tmp_path, monkeypatch):
+    """Answers that can no longer decide are not written: that must not change what is kept."""
+    rng = random.Random(n)
+    table = [[rng.random() < share for _ in range(n)] for share in (i / 199 for i in range(200))]
+    written = []
+
+    def answers(llm, nobody, tokenizer, questions, args, label, keep, temperature, places):
+        written.extend(places)
+        return [table[place // n][place % n] for place in places]
+
+    monkeypatch.setattr(grpo, "write_answers", answers)
+    pool = [SimpleNamespace(text=str(i), number=i) for i in range(200)]
+    args = settings(filter_samples=n, pass_rate=rate, llm=None, seed=1, llm_temperature=0.7, max_new_tokens=9)
+    kept = grpo.filter_questions(pool, tiny("qwen3"), None, args, tmp_path / "filter.json")
+    assert [q.number for q in kept] == [i for i in range(200) if sum(table[i]) / n >= rate]
+    assert len(written) == len(set(written)) <= 200 * n and (n == 1 or len(written) < 170 * n)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
