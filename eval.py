@@ -16,7 +16,8 @@ Every method answers the same questions, which no stage of training should have 
 
 and, with --all, models that were trained otherwise (VARIANTS below). The relay closes a share p of the gap between
 the two models, and costs 1 - rho / p less than random_router. Accuracies and differences come with a 95% interval:
-the questions are drawn again, 2,000 times, with replacement, the same for all methods (paired percentile bootstrap);
+the questions are drawn again, 2,000 times, with replacement, the same for all methods (paired percentile bootstrap;
+it has no width where all of n answers are right, and then up to 3 / n of all questions may still be answered wrongly);
 the answers of --repeat to one question stay together (the toy's questions are drawn with replacement in the first
 place: one that comes twice counts as two). All counts are of what ran; only the random routers are computed.
 

@@ -30,8 +30,8 @@ import torch
 from tqdm import tqdm
 
 from model import digest, fingerprint, load, need, progress_bar, read_json, save, write_beside, write_json
-from relay import (Run, WrongArguments, at_least_zero, differing, figures, fill_in, graded, is_right, load_pair,
-                   machine, means, parser, positive, relay, run_script, show_presets)
+from relay import (Run, WrongArguments, at_least_zero, differing, figures, fill_in, give_back, graded, is_right,
+                   load_pair, machine, means, parser, positive, relay, run_script, show_presets)
 from warmup import (Example, adamw, add_up, apply_gradient, hear_signals, join_processes, learning_rate,
                     machine_arguments, meet, micro_batches, settings_of, short, start_processes,
                     token_logprobs, training_questions, world, write_answers)
@@ -122,6 +122,7 @@ def update(policy, reference, optimizer, rollouts, advantage, known, lr, args):
               else torch.full([len(counts)], 1 / tokens))          # in the loss, of each token of a roll-out
     for batch in micro_batches(examples, args.micro_tokens):
         part = [examples[i] for i in batch]
+        give_back(policy)
         with torch.no_grad():
             ref = token_logprobs(reference, part, known, args.temperature)[0]
         logprobs, entropies = token_logprobs(policy, part, known, args.temperature, entropies=True)
@@ -200,7 +201,7 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
 # ---------------------------------------------------------------------------------------------------------------------
 # Which questions (skip it on a first reading)
 
-FILTERED = 1000   # questions that filter_questions() has answered, before it notes how far it has come
+FILTERED = 1000   # undecided questions that filter_questions() takes at once; then it writes down how far it has come
 
 
 def filter_questions(questions, llm, tokenizer, args, file):

@@ -98,18 +98,6 @@ def rope_frequencies(config):
     return keep * freq + (1 - keep) * freq / scaling["factor"]
 
 
-def attend(q, k, v, attn_mask):
-    """F.scaled_dot_product_attention as two products of matrices, softmax((q k^T) D^-0.5 + mask) v.
-
-    For the one new token of each row on a GPU: PyTorch's kernels are made for many queries, and take there up to five
-    times as long. q: (B, H, T, D). k, v: (B, H, W, D). attn_mask: (B, 1, T or 1, W). No score is kept in 16 bits.
-    """
-    product = partial(torch.bmm, out_dtype=torch.float32) if q.dtype.itemsize == 2 else torch.bmm
-    scores = product(q.flatten(0, 1), k.flatten(0, 1).mT).unflatten(0, q.shape[:2])       # (B, H, T, W)
-    scores = torch.add(attn_mask, scores, alpha=q.shape[-1] ** -0.5)
-    return scores.softmax(dim=-1).to(v.dtype) @ v
-
-
 class Grid(NamedTuple):
     """Sequences without padding, for learning: N tokens in one list, and how they stand in rows for attention.
 
@@ -170,8 +158,8 @@ class Layer(nn.Module):
             k, v, mask = past(k, v)                                            # (B, kv_heads, W, D), all tokens so far
             # All queries of a group see the same keys: stacked along the time axis they share them without a copy.
             q = q.reshape(B, c.kv_heads, group * T, c.head_dim)
-            few = T == 1 and q.is_cuda and mask is not None
-            y = (attend if few else F.scaled_dot_product_attention)(q, k, v, attn_mask=mask)
+            plain = T == 1 and mask is not None and two_products_pay(q, c)     # a GPU's decoding step, see below
+            y = (two_products if plain else F.scaled_dot_product_attention)(q, k, v, attn_mask=mask)
             y = y.reshape(B, c.heads, T, c.head_dim)
         y = y.transpose(1, 2).reshape(B, T, -1)
         return y if grid is None else F.embedding(grid.put, y.flatten(0, 1))   # and back to (N, ...)
@@ -439,6 +427,28 @@ class Cache:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Faster decoding on a GPU (skip it on a first reading)
+
+WIDE = hasattr(torch.ops.aten.bmm, "dtype") and torch.version.hip is None    # products of 16 bits kept in 32, on CUDA
+
+
+def two_products(q, k, v, attn_mask):
+    """F.scaled_dot_product_attention written out, softmax((q k^T) D^-0.5 + mask) v: for one new token a row.
+
+    PyTorch's kernels are made for many queries, and take for one up to five times as long. q: (B, H, T, D). k, v: (B,
+    H, W, D). attn_mask: (B, 1, T or 1, W). Inputs of 16 bits have their scores in float32.
+    """
+    product = partial(torch.bmm, out_dtype=torch.float32) if q.dtype.itemsize == 2 else torch.bmm
+    scores = product(q.flatten(0, 1), k.flatten(0, 1).mT).unflatten(0, q.shape[:2])       # (B, H, T, W)
+    scores = torch.add(attn_mask, scores, alpha=q.shape[-1] ** -0.5)
+    return scores.softmax(dim=-1).to(v.dtype) @ v
+
+
+def two_products_pay(q, config):
+    """On a GPU: if 16 bits can be multiplied so, and float32 in TF32 without harm. Qwen2's biases make keys so large
+    that TF32's ten bits would be felt."""
+    exact = torch.get_float32_matmul_precision() == "highest" or not config.qkv_bias
+    return q.is_cuda and (WIDE if q.dtype.itemsize == 2 else exact)
+
 
 RECORD = 4      # the 4th decoding step of a given number of rows is recorded: that takes the time of two steps
 

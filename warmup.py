@@ -38,8 +38,8 @@ from tqdm import tqdm
 
 from data import Tokenizer, load_questions, save_toy_tokenizer, split_of, toy_questions, with_asides
 from model import Grid, Transformer, digest, need, parse_config, progress_bar, read_config, save
-from relay import (Run, WrongArguments, command, entropy, fill_in, graded, load_pair, log_softmax, machine, parser,
-                   positive, relay, run_script, show_presets, small_models)
+from relay import (Run, WrongArguments, command, entropy, fill_in, give_back, graded, load_pair, log_softmax, machine,
+                   parser, positive, relay, run_script, show_presets, small_models)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared by both stages: data parallel training (skip it on a first reading)
@@ -161,9 +161,10 @@ def write_answers(slm, llm, tokenizer, questions, args, label, keep=lambda quest
     """
     (rank, size), n = world(), len(questions)
     mine = range(rank * n // size, (rank + 1) * n // size)
-    with progress_bar(total=len(mine), desc=label, unit="answer", leave=label != "check") as bar:
+    with progress_bar(total=len(mine), desc=label, unit="answer", leave=label not in ("check", "filter")) as bar:
         options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, batch=args.batch,
-                       seed=[(args.seed, places[i] if places else i) for i in mine], on_end=lambda *_: bar.update()) | options
+                       seed=[(args.seed, places[i] if places else i) for i in mine],
+                       on_end=lambda *_: bar.update()) | options
         rollouts = relay(slm, llm, tokenizer, [tokenizer.chat(questions[i].text) for i in mine], **options)
     return sum(meet([keep(questions[i], rollout) for i, rollout in zip(mine, rollouts)]), [])
 
@@ -307,6 +308,7 @@ def supervised_step(model, optimizer, examples, known, lr, most):
     rank, size = world()
     total, loss, mine = sum(sum(e.learn) for e in examples), 0.0, examples[rank::size]
     for batch in micro_batches(mine, most):
+        give_back(model)
         part = -token_logprobs(model, [mine[i] for i in batch], known)[0].sum() / total
         part.backward()
         loss += part.item()

@@ -312,7 +312,6 @@ def scale(bench):
     bytes: all weights and caches, once a step. operations: two a parameter and token forward, four backward; recomputed
     layers and the reference's forward pass count too, attention's own products do not.
     """
-    torch.set_float32_matmul_precision("high")           # as the scripts do on CUDA
     context, length = bench.size(1000, 20), bench.size(800, 20)
     for name, dtype in (("qwen3-8b", torch.bfloat16), ("qwen3-1.7b", torch.float32)):
         model = None
@@ -567,6 +566,9 @@ def learning(bench):
 def our_steps(folder, device, questions, group, tokens, steps):
     """Seconds of (sampling, learning) of each step; half of all answers count as right, so that there is a gradient."""
     policy, reference, tokenizer = load(folder, device), load(folder, device), Tokenizer(folder)
+    spare = policy.config.vocab_size - len(tokenizer.known)        # random weights have a larger vocabulary than the toy's
+    tokenizer.known += [True] * spare                              # tokenizer: the rival samples from all of it, too
+    tokenizer.token_bytes += [b" x"] * spare
     args = SimpleNamespace(
         group=group, max_new_tokens=tokens, temperature=1.0, llm_temperature=0.7, batch=256, seed=0,
         reward="difficulty", updates=1, skip_equal=False, scale_by_std=True, std_floor=0.0, rho_asked=False,
@@ -620,7 +622,6 @@ def grpo_row(bench):
     if transformers is None or importlib.util.find_spec("trl") is None:
         bench.notes.append("the row grpo needs trl (pip install trl)")
         return
-    torch.set_float32_matmul_precision("highest" if bench.device == "cpu" else "high")
     works = [("toy SLM", "toy", 16, 16, 64), ("SmolLM2-135M", "smollm2", 2, 8, 64)]
     if bench.device != "cpu":
         works.append(("Qwen3-1.7B's shape", "qwen3-1.7b", 4, 8, 256))
@@ -666,7 +667,9 @@ def main():
         torch.set_num_threads(args.threads)
     torch.backends.cuda.enable_cudnn_sdp(False)
     bench, start = Bench(args), time.perf_counter()
-    for name in chosen:
+    for name in chosen:                                  # training in TF32 on CUDA, as in the scripts
+        tf32 = args.device != "cpu" and name in ("grpo", "scale")
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
         ROWS[name](bench)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.device}, bfloat16 "
           f"{'in hardware' if bench.native else 'not in hardware'}, {time.perf_counter() - start:.0f} s")

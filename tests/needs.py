@@ -51,8 +51,8 @@ def memory_needed(slm, llm, args, llm_bytes=2):
 
 # What one H200 reached at the shapes of Qwen3-1.7B and 8B (tests/bench.py --device cuda --rows scale)
 FLOPS = 136e12            # operations a second, learning, TF32
-BANDWIDTH = 2.1e12, 2.4e12       # bytes a second, decoding 32 to 128 rows at 1,000 tokens: float32, bfloat16
-WRITTEN = 0.7             # of the filter's answers; others can no longer decide (0.71 where all pass rates are as many)
+BANDWIDTH = 2.1e12, 2.4e12       # bytes a second, decoding 32 rows at 1,000 tokens: float32, bfloat16
+WRITTEN = 0.7             # of the filter's answers, if all pass rates are equally frequent; the others decide nothing
 
 
 def hours_needed(slm, llm, args, length, rho, llm_bytes=2):

@@ -25,7 +25,7 @@ from grpo import advantages, examples_of, k3, last_checkpoint, policy_loss, rewa
 from model import Config, Transformer, load, parse_config, save
 from needs import memory_needed
 from relay import Call, Rollout, Run, WrongArguments, command, entropy, log_softmax, relay, small_models
-from warmup import adamw, join_processes, start_processes, token_logprobs, warm_up
+from warmup import adamw, join_processes, start_processes, token_logprobs, warm_up, write_answers
 
 
 @pytest.fixture(scope="module")
@@ -492,6 +492,20 @@ def test_the_filter_decides_as_all_answers_would(n, rate, tmp_path, monkeypatch)
     kept = grpo.filter_questions(pool, tiny("qwen3"), None, args, tmp_path / "filter.json")
     assert [q.number for q in kept] == [i for i in range(200) if sum(table[i]) / n >= rate]
     assert len(written) == len(set(written)) <= 200 * n and (n == 1 or len(written) < 170 * n)
+
+
+def test_an_answer_of_the_filter_is_the_same_in_whichever_round_it_is_written(tmp_path, monkeypatch):
+    """Its random numbers belong to question and answer, not to the place in a round."""
+    tokenizer = ByteTokenizer()
+    llm = tiny("qwen3", vocab_size=len(tokenizer.known))
+    pool = [SimpleNamespace(text="abcdefghi"[:1 + i % 9] * 2 + str(i)) for i in range(30)]
+    args = settings(filter_samples=6, pass_rate=0.5, seed=1, llm_temperature=1.0, max_new_tokens=5, batch=7)
+    right = lambda question, rollout, tokenizer: sum(rollout.tokens) % 2 == 0
+    monkeypatch.setattr(grpo, "is_right", right)
+    kept = grpo.filter_questions(pool, llm, tokenizer, args, tmp_path / "filter.json")
+    every = write_answers(llm, None, tokenizer, [q for q in pool for _ in range(6)], args, "all", temperature=1.0,
+                          keep=lambda question, rollout: right(question, rollout, tokenizer))
+    assert kept == [q for i, q in enumerate(pool) if sum(every[6 * i:6 * i + 6]) >= 3] and 5 < len(kept) < 25
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from conftest import CONFIGS, raw_config, safetensors, shuffled, tiny, tokens_of
 from data import Tokenizer, save_toy_tokenizer
 import model as chapter
-from model import (Cache, Transformer, attend, forget, load, parse_config, prepack, read_safetensors,
-                   rope_frequencies, save)
+from model import (Cache, Transformer, forget, load, parse_config, prepack, read_safetensors, rope_frequencies, save,
+                   two_products)
 
 FAMILIES = list(CONFIGS)
 GOLDEN = Path(__file__).parent / "golden" / "models"
@@ -163,18 +163,21 @@ def test_padding_at_the_end_of_whole_sequences_changes_nothing_before_it():
     torch.testing.assert_close(model(padded)[:, :12], model(tokens), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("device, dtype, close", [("cpu", torch.float64, 1e-14), ("cuda", torch.float64, 1e-14),
+@pytest.mark.parametrize("device, dtype, close", [("cpu", torch.float64, 1e-12), ("cuda", torch.float64, 1e-12),
                                                   ("cuda", torch.bfloat16, 0.01)])
 def test_attention_as_two_products_is_that_of_the_kernel(device, dtype, close):
-    """Scores are far from 0, as those of real models: one that was rounded to 16 bits would be off by tenths."""
-    if device == "cuda" and not torch.cuda.is_available():
+    """Scores are far from 0, as those of Qwen2: rounded to 16 bits they would be off by up to 1."""
+    if device == "cuda" and not (torch.cuda.is_available() and chapter.WIDE):
         pytest.skip("needs a CUDA GPU")
     torch.manual_seed(0)
-    kv = torch.randn(2, 7, 3, 40, 16, dtype=torch.float64).to(device, dtype)[:, :5, :, :33]     # as the cache gives it
-    q = 8 * torch.randn(5, 3, 4, 16, dtype=torch.float64).to(device, dtype)
-    mask = torch.zeros(5, 1, 1, 33).masked_fill(torch.arange(33) > torch.tensor([[[[n]]] for n in range(5)]), -torch.inf)
+    kv = torch.randn(2, 7, 3, 40, 16, dtype=torch.float64)
+    kv[0] += 100
+    kv = kv.to(device, dtype)[:, :5, :, :33]                                                    # as the cache gives it
+    q = torch.randn(5, 3, 4, 16, dtype=torch.float64).to(device, dtype)
+    last = 8 * torch.arange(5).view(5, 1, 1, 1)                                                 # that a row sees
+    mask = torch.zeros(5, 1, 1, 33).masked_fill(torch.arange(33) > last, -torch.inf)
     want = F.scaled_dot_product_attention(*(t.double() for t in (q, *kv)), attn_mask=mask.to(device).double())
-    assert (attend(q, *kv, mask.to(device, dtype)) - want).norm() < close * want.norm()
+    assert (two_products(q, *kv, mask.to(device, dtype)) - want).norm() < close * want.norm()
 
 
 def test_checkpointing_changes_neither_loss_nor_gradient():
