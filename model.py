@@ -158,7 +158,7 @@ class Layer(nn.Module):
             k, v, mask = past(k, v)                                            # (B, kv_heads, W, D), all tokens so far
             # All queries of a group see the same keys: stacked along the time axis they share them without a copy.
             q = q.reshape(B, c.kv_heads, group * T, c.head_dim)
-            plain = T == 1 and mask is not None and two_products_pay(q, c)     # a GPU's decoding step, see below
+            plain = T == 1 and mask is not None and two_products_pay(q, c)     # a decoding step, see below
             y = (two_products if plain else F.scaled_dot_product_attention)(q, k, v, attn_mask=mask)
             y = y.reshape(B, c.heads, T, c.head_dim)
         y = y.transpose(1, 2).reshape(B, T, -1)
@@ -444,10 +444,12 @@ def two_products(q, k, v, attn_mask):
 
 
 def two_products_pay(q, config):
-    """On a GPU: if 16 bits can be multiplied so, and float32 in TF32 without harm. Qwen2's biases make keys so large
-    that TF32's ten bits would be felt."""
+    """On a GPU: if 16 bits can be multiplied so, and float32 in TF32 without harm (Qwen2's biases make keys so large
+    that TF32's ten bits would be felt). On a CPU: in float32, where several threads share the work."""
+    if q.dtype.itemsize == 2:
+        return WIDE and q.is_cuda
     exact = torch.get_float32_matmul_precision() == "highest" or not config.qkv_bias
-    return q.is_cuda and (WIDE if q.dtype.itemsize == 2 else exact)
+    return q.is_cuda and exact or q.device.type == "cpu" and torch.get_num_threads() > 1
 
 
 RECORD = 4      # the 4th decoding step of a given number of rows is recorded: that takes the time of two steps

@@ -638,10 +638,14 @@ def random_case(rng):
     return *models, tokenizer, [one, one if rng.random() < 0.3 else two]
 
 
-def test_hundreds_of_random_pairs_do_what_the_definition_says():
-    """Combinations that nobody thought of: cuts, numbers, half commands, adjacent commands, ends, ragged rows."""
+def test_hundreds_of_random_pairs_do_what_the_definition_says(monkeypatch):
+    """Combinations that nobody thought of: cuts, numbers, half commands, adjacent commands, ends, ragged rows.
+
+    Every other pair attends by two_products().
+    """
     rng, seen = random.Random(0), Counter()
     for case in range(200):
+        monkeypatch.setattr(model_module, "two_products_pay", lambda *what: seen.update(attended=1) or case % 2 > 0)
         slm, llm, tokenizer, prompts = random_case(rng)
         temperature, llm_temperature = rng.choice((0, 0.7, 1.0)), rng.choice((0, 0.7))
         budget, seeds = rng.randint(8, 20), [(case, i) for i in range(len(prompts))]
@@ -654,6 +658,7 @@ def test_hundreds_of_random_pairs_do_what_the_definition_says():
             seen.update([out.end, "served"] if any(out.by_llm) else [out.end])
             seen["calls"] += len(out.calls)
     assert seen["served"] > 150 and seen["calls"] > 250 and min(seen["eos"], seen["eos_by_llm"], seen["length"]) > 3
+    assert seen["attended"] > 400
 
 
 def test_another_seed_gives_another_roll_out():
@@ -753,6 +758,7 @@ def test_recorded_decoding_steps_change_nothing(monkeypatch):
     want, replays, replay = relay(slm, llm, TOKENIZER, prompts, **options), [], RecordedStep.replay
     monkeypatch.setattr(model_module, "RecordedStep", Unrecorded)
     monkeypatch.setattr(model_module, "RECORD", 1)
+    monkeypatch.setattr(model_module, "two_products_pay", lambda q, config: True)
     monkeypatch.setattr(RecordedStep, "replay", lambda step, tokens: replays.append(len(tokens)) or replay(step, tokens))
     for block, batch in ((1, 12), (3, 12), (16, 12), (100, 12), (3, 5), (100, 2)):
         monkeypatch.setattr(relay_module, "Cache", lambda model: recording(Cache(model, block=block)))
