@@ -426,16 +426,16 @@ class Cache:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Faster decoding on a GPU (skip it on a first reading)
+# Faster decoding (skip it on a first reading)
 
 WIDE = hasattr(torch.ops.aten.bmm, "dtype") and torch.version.hip is None    # products of 16 bits kept in 32, on CUDA
 
 
 def two_products(q, k, v, attn_mask):
-    """F.scaled_dot_product_attention written out, softmax((q k^T) D^-0.5 + mask) v: for one new token a row.
+    """F.scaled_dot_product_attention written out, softmax(q k^T D^-0.5 + mask) v: for one new token a row.
 
-    PyTorch's kernels are made for many queries, and take for one up to five times as long. q: (B, H, T, D). k, v: (B,
-    H, W, D). attn_mask: (B, 1, T or 1, W). Inputs of 16 bits have their scores in float32.
+    PyTorch's kernels are made for many queries, and on a GPU take for one up to five times as long. q: (B, H, T, D).
+    k, v: (B, H, W, D). attn_mask: (B, 1, T or 1, W). Inputs of 16 bits have their scores in float32.
     """
     product = partial(torch.bmm, out_dtype=torch.float32) if q.dtype.itemsize == 2 else torch.bmm
     scores = product(q.flatten(0, 1), k.flatten(0, 1).mT).unflatten(0, q.shape[:2])       # (B, H, T, W)
@@ -444,12 +444,13 @@ def two_products(q, k, v, attn_mask):
 
 
 def two_products_pay(q, config):
-    """On a GPU: if 16 bits can be multiplied so, and float32 in TF32 without harm (Qwen2's biases make keys so large
-    that TF32's ten bits would be felt). On a CPU: in float32, where several threads share the work."""
+    """Whether two_products() is faster and as exact. Qwen2's biases make keys so large that the ten bits of TF32, in
+    which the scripts let a GPU multiply float32, would be felt."""
     if q.dtype.itemsize == 2:
-        return WIDE and q.is_cuda
-    exact = torch.get_float32_matmul_precision() == "highest" or not config.qkv_bias
-    return q.is_cuda and exact or q.device.type == "cpu" and torch.get_num_threads() > 1
+        return q.is_cuda and WIDE
+    if q.is_cuda:
+        return not config.qkv_bias or torch.get_float32_matmul_precision() == "highest"
+    return q.device.type == "cpu" and torch.get_num_threads() > 1      # with one it takes as long
 
 
 RECORD = 4      # the 4th decoding step of a given number of rows is recorded: that takes the time of two steps

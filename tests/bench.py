@@ -272,7 +272,8 @@ def toy(bench):
     for count in sorted({1, threads}) if bench.device == "cpu" else [threads]:
         small_models()                                   # glibc's settings, by which the rival profits as much
         torch.set_num_threads(count)
-        decode(bench, f"decode toy SLM, 256 rows, {count} threads", "toy", bench.size(256, 8), bench.size(64, 4), 1.0)
+        work = "decode toy SLM, 256 rows" + f", {count} thread{'s' * (count > 1)}" * (bench.device == "cpu")
+        decode(bench, work, "toy", bench.size(256, 8), bench.size(64, 4), temperature=1.0)
     torch.set_num_threads(threads)
 
 
@@ -568,8 +569,8 @@ def learning(bench):
 def our_steps(folder, device, questions, group, tokens, steps):
     """Seconds of (sampling, learning) of each step; half of all answers count as right, so that there is a gradient."""
     policy, reference, tokenizer = load(folder, device), load(folder, device), Tokenizer(folder)
-    spare = policy.config.vocab_size - len(tokenizer.known)        # random weights have a larger vocabulary than the toy's
-    tokenizer.known += [True] * spare                              # tokenizer: the rival samples from all of it, too
+    spare = policy.config.vocab_size - len(tokenizer.known)        # random weights have the toy's tokenizer, with fewer
+    tokenizer.known += [True] * spare                              # ids: all are sampled, as the rival does
     tokenizer.token_bytes += [b" x"] * spare
     args = SimpleNamespace(
         group=group, max_new_tokens=tokens, temperature=1.0, llm_temperature=0.7, batch=256, seed=0,
@@ -640,11 +641,10 @@ def grpo_row(bench):
             ours = our_steps(path, bench.device, asked, group, tokens, steps)[1:]
             theirs = {name: min(trl_steps(path, bench.device, asked, group, tokens, steps, bf16)[1:])
                       for name, bf16 in (("TRL", False), ("TRL with bf16=True", True)) if bench.native or not bf16}
-        best = min(ours, key=sum)
+        best, work = min(ours, key=sum), f"GRPO step, {work}, {n} x {group} x {tokens}"
         for name, seconds in theirs.items():
-            bench.add(f"GRPO step, {work}, {n} x {group} x {tokens}", torch.float32, f"{sum(best):.2f} s", f"{seconds:.2f} s",
-                      name, seconds / sum(best))
-        bench.notes.append(f"GRPO step, {work}: sampling {best[0]:.2f} s, learning {best[1]:.2f} s")
+            bench.add(work, torch.float32, f"{sum(best):.2f} s", f"{seconds:.2f} s", name, seconds / sum(best))
+        bench.notes.append(f"{work}: sampling {best[0]:.2f} s, learning {best[1]:.2f} s")
 
 
 ROWS = dict(grpo=grpo_row, smollm2=smollm2, ragged=ragged, qwen=qwen, toy=toy, bandwidth=bandwidth, scale=scale,
