@@ -610,22 +610,25 @@ class Run:
         return shlex.join(["python", script, "--run", self.path.as_posix(), *([] if self.toy else more)])
 
 
+def glibc(function, *numbers):
+    """Call a function of the C library that manages memory; nothing happens where there is none of that name."""
+    with suppress(AttributeError, OSError, TypeError):     # another system, another C library
+        getattr(ctypes.CDLL(None), function)(*numbers)
+
+
 def small_models():
     """Settings for models as small as the toy's: one thread, because more would only wait for each other; and glibc
     keeps freed memory instead of giving it back to Linux page by page at each step, a third of the time."""
     torch.set_num_threads(1)
-    with suppress(AttributeError, OSError, TypeError):     # another system, another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-1, 1 << 30)                          # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 1 << 25)                          # M_MMAP_THRESHOLD
+    glibc("mallopt", -1, 1 << 30)                          # M_TRIM_THRESHOLD
+    glibc("mallopt", -3, 1 << 25)                          # M_MMAP_THRESHOLD
 
 
 def give_back(model):
     """With --checkpointing on a CPU, where memory counts more than time: give freed memory back to Linux. glibc keeps
     gigabytes of it between the micro-batches of a real model."""
     if model.checkpointing and model.embed.weight.device.type == "cpu":
-        with suppress(AttributeError, OSError, TypeError):     # another system, another C library
-            ctypes.CDLL(None).malloc_trim(0)
+        glibc("malloc_trim", 0)
 
 
 def machine(args, toy=False):

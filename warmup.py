@@ -160,11 +160,10 @@ def write_answers(slm, llm, tokenizer, questions, args, label, keep=lambda quest
     random numbers by the seed (args.seed, places[i]) (default: i).
     """
     (rank, size), n = world(), len(questions)
-    mine = range(rank * n // size, (rank + 1) * n // size)
+    mine, places = range(rank * n // size, (rank + 1) * n // size), places or range(n)
     with progress_bar(total=len(mine), desc=label, unit="answer", leave=label not in ("check", "filter")) as bar:
         options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, batch=args.batch,
-                       seed=[(args.seed, places[i] if places else i) for i in mine],
-                       on_end=lambda *_: bar.update()) | options
+                       seed=[(args.seed, places[i]) for i in mine], on_end=lambda *_: bar.update()) | options
         rollouts = relay(slm, llm, tokenizer, [tokenizer.chat(questions[i].text) for i in mine], **options)
     return sum(meet([keep(questions[i], rollout) for i, rollout in zip(mine, rollouts)]), [])
 
