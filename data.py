@@ -91,7 +91,7 @@ def split_of(text):
 
 
 def toy_questions(split, rng, rare=0.5, unseen=True, unreliable=False):
-    """An endless stream of toy questions of one split: "train", "held_out" (thresholds, checks) or "eval".
+    """An endless stream of toy questions of one split: "train", "held_out" (checks while training, thresholds) or "eval".
 
     rare: the share that names a rare thing. unseen=False leaves out the facts that warm-up and GRPO may not see.
     """
@@ -102,7 +102,7 @@ def toy_questions(split, rng, rare=0.5, unseen=True, unreliable=False):
 
 
 def with_asides(ids, tokenizer, rng, share):
-    """Markup asides, such as <b>7</b>, at one to three random gaps of a share of the texts.
+    """Markup asides, such as <b>7</b>, at one to three random positions of a share of the texts.
 
     ids: the tokens of a text. Returns (ids, learn): learn[i] is False for an aside's first token, since nothing tells
     where one stands. Every real model has seen its text interrupted; one that has not is ruined by the warm-up.
@@ -716,9 +716,9 @@ def same_value(given, gold, factor=1):
         for point in (0, 1, -2 if "|" in given + gold else 2):
             a, b = (Formula(side, point).group({"\n"}) for side in (given, gold))
             factor = a / b if factor is None else factor
-            gap, size = abs(a - factor * b), abs(factor * b)
-            exact = isinstance(gap, Fraction) and "." not in given + gold
-            if gap and (exact or not gap <= max(1e-9 * size, min(5e-7, 2e-6 * size))) or not factor:
+            error, size = abs(a - factor * b), abs(factor * b)
+            exact = isinstance(error, Fraction) and "." not in given + gold
+            if error and (exact or not error <= max(1e-9 * size, min(5e-7, 2e-6 * size))) or not factor:
                 return False  # nan is equal to nothing
     except (ValueError, ArithmeticError, RecursionError):  # no formula, or too large a number
         return False

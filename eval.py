@@ -15,11 +15,11 @@ Every method answers the same questions, which no stage of training should have 
     random_router_equal_cost    the same with p = the relay's rho
 
 and, with --all, models that were trained otherwise (VARIANTS below). The relay closes a share p of the gap between
-the two models, and costs 1 - rho / p less than random_router. Accuracies and differences come with a 95% interval:
-the questions are drawn again, 2,000 times, with replacement, the same for all methods (paired percentile bootstrap;
-it has no width where all of n answers are right, and then up to 3 / n of all questions may still be answered wrongly);
-the answers of --repeat to one question stay together (the toy's questions are drawn with replacement in the first
-place: one that comes twice counts as two). All counts are of what ran; only the random routers are computed.
+the two models, and costs 1 - rho / p less than random_router. All counts are of what ran; only the random routers are
+computed. Accuracies and differences come with a 95% interval: a paired percentile bootstrap, 2,000 resamples of the
+questions, the same for all methods; the answers of --repeat to one question stay together. (Where all of n answers are
+right it has no width; up to 3 / n of all questions may still be answered wrongly. The toy's questions are drawn with
+replacement: one that comes twice counts as two.)
 
 For the toy one more figure is known: the bound, what calls placed exactly on the unknown facts would cost.
 
@@ -145,7 +145,7 @@ def where_calls_happen(answers, tokenizer):
     """Where in an answer the relay calls, behind which words, and n by kind of question: the ten most frequent."""
     counts = defaultdict(Counter)
     for question, r in answers:
-        for call in (call for call in r.calls if call.delivered):
+        for call in r.served:
             before = Rollout([], r.tokens[:call.position], r.by_llm[:call.position])
             counts["calls in the part of the answer from"][f"{call.position * 10 // len(r.tokens) * 10}%"] += 1
             counts["words before a call"][" ".join(plain_text(before, tokenizer).split()[-3:])] += 1

@@ -222,7 +222,7 @@ def filter_questions(questions, llm, tokenizer, args, file):
     while undecided := [i for i, count in enumerate(counts) if missing(*count)][:FILTERED]:
         asked = [(i, sum(counts[i]) + k) for i in undecided for k in range(missing(*counts[i]))]
         right = write_answers(llm, None, tokenizer, [questions[i] for i, _ in asked], args, "filter",
-                              temperature=args.llm_temperature, places=[i * n + k for i, k in asked],
+                              temperature=args.llm_temperature, numbers=[i * n + k for i, k in asked],
                               keep=lambda question, rollout: is_right(question, rollout, tokenizer))
         for (i, _), hit in zip(asked, right):
             counts[i][not hit] += 1
@@ -239,8 +239,8 @@ def filter_questions(questions, llm, tokenizer, args, file):
 # What the presets differ in. The toy samples at 0.7: at 1.0 it may learn to call always (README.md, "What failed on the
 # way"); without a floor it may learn to pad (see advantages). Not flags: `ramp` (see train), and `skip_equal` (groups
 # of equal rewards are left out of the update: it saves time, and the mean and the KL are then over the others). REAL,
-# the defaults of the algorithm's other flags, and `solo` and `dual` above are the paper's or its code's; but
-# micro_tokens and checkpointing are ours.
+# the defaults of the algorithm's other flags, and `solo` and `dual` above are the paper's or its code's; but steps (the
+# paper: one pass over what the filter keeps), micro_tokens and checkpointing are ours.
 TOY = dict(temperature=0.7, max_new_tokens=96, steps=60, questions_per_step=16, group=16, lr=1e-3, updates=1,
            std_floor=0.03, pool=640, filter_samples=2, ramp=20, skip_equal=True, micro_tokens=3000,
            checkpointing=False)
@@ -249,8 +249,8 @@ REAL = dict(temperature=1.0, max_new_tokens=8192, steps=100, questions_per_step=
             checkpointing=True)
 
 
-def arguments():
-    """(the arguments, filled in, and the Run that they name). WrongArguments where they do not go together."""
+def flags():
+    """The parser: the method's choices, the comparisons, the machine."""
     p = parser("Stage 2: GRPO over relay roll-outs. Defaults: the toy's, and with real models the paper's.",
                "python grpo.py --run runs/toy --gpus 1")
     g = p.add_argument_group("the algorithm")
@@ -299,7 +299,12 @@ def arguments():
     machine_arguments(p)
     show_presets(p, TOY, REAL, temperature="; the checks are at 0.7",
                  slm=": what training starts from and stays near (RUN/warmup)")
-    args = p.parse_args()
+    return p
+
+
+def arguments():
+    """(the arguments, filled in, and the Run that they name). WrongArguments where they do not go together."""
+    args = flags().parse_args()
     run = Run(args.run)
     need(run.has("warmup"), f"{run.path} holds no warm-up yet; run: {run.command_line('warmup.py')}")
     fill_in(args, TOY if run.toy else REAL)

@@ -158,7 +158,8 @@ class Layer(nn.Module):
             k, v, mask = past(k, v)                                            # (B, kv_heads, W, D), all tokens so far
             # All queries of a group see the same keys: stacked along the time axis they share them without a copy.
             q = q.reshape(B, c.kv_heads, group * T, c.head_dim)
-            plain = T == 1 and mask is not None and two_products_pay(q, c)     # a decoding step, see below
+            # A decoding step (see below); for one row that needs no mask PyTorch's kernel is the faster one.
+            plain = T == 1 and (B > 1 or mask is not None) and two_products_pay(q, c)
             y = (two_products if plain else F.scaled_dot_product_attention)(q, k, v, attn_mask=mask)
             y = y.reshape(B, c.heads, T, c.head_dim)
         y = y.transpose(1, 2).reshape(B, T, -1)
@@ -191,7 +192,7 @@ class Transformer(nn.Module):
                 nn.init.zeros_(parameter)
         return self
 
-    def hidden(self, tokens, cache=None, counts=None, grid=None):
+    def hidden_states(self, tokens, cache=None, counts=None, grid=None):
         """The last layer's normed output, (B, T, hidden), for tokens (B, T); with a Grid, (N, hidden) for tokens (N,).
 
         With a cache, row i is the cache's slot i, its tokens stand after those it holds, and only the first counts[i]
@@ -227,10 +228,10 @@ class Transformer(nn.Module):
     def forward(self, tokens, cache=None, counts=None, last=False):
         """Next-token logits: (B, T, V), or with last=True (B, V), those after each row's last real token alone.
 
-        tokens: (B, T) int64. cache, counts: as in hidden(). A long prompt is read with last=True (or by hidden()
-        alone), which never makes its (T, V) logits.
+        tokens: (B, T) int64. cache, counts: as in hidden_states(). A long prompt is read with last=True, which never
+        makes its (T, V) logits.
         """
-        x = self.hidden(tokens, cache, counts)
+        x = self.hidden_states(tokens, cache, counts)
         if last and x.shape[1] == 1:
             x = x[:, 0]
         elif last:
@@ -316,7 +317,7 @@ class Cache:
         self.like = model.embed.weight          # for its device and dtype
         self.records = self.like.is_cuda        # see RecordedStep
         self.block = 128 if self.records else block
-        self.taken, self.steps = Counter(), {}  # slots -> decoding steps of so many; their RecordedStep
+        self.taken, self.steps = Counter(), {}  # number of slots -> decoding steps taken with it; their RecordedStep
         self.rows = []                          # slot -> row
         self.lengths = []                       # slot -> tokens held
         self.layers = [self.like.new_zeros(2, 0, self.config.kv_heads, 0, self.config.head_dim)
@@ -434,12 +435,14 @@ WIDE = hasattr(torch.ops.aten.bmm, "dtype") and torch.version.hip is None    # p
 def two_products(q, k, v, attn_mask):
     """F.scaled_dot_product_attention written out, softmax(q k^T D^-0.5 + mask) v: for one new token a row.
 
-    PyTorch's kernels are made for many queries, and on a GPU take for one up to five times as long. q: (B, H, T, D).
-    k, v: (B, H, W, D). attn_mask: (B, 1, T or 1, W). Inputs of 16 bits have their scores in float32.
+    PyTorch's kernels are made for many queries, and on a GPU take for one up to five times as long. q: (B, kv_heads,
+    heads / kv_heads, D). k, v: (B, kv_heads, W, D). attn_mask: (B, 1, 1, W), or None. Inputs of 16 bits have their
+    scores in float32.
     """
     product = partial(torch.bmm, out_dtype=torch.float32) if q.dtype.itemsize == 2 else torch.bmm
     scores = product(q.flatten(0, 1), k.flatten(0, 1).mT).unflatten(0, q.shape[:2])       # (B, H, T, W)
-    scores = torch.add(attn_mask, scores, alpha=q.shape[-1] ** -0.5)
+    scale = q.shape[-1] ** -0.5
+    scores = scores * scale if attn_mask is None else torch.add(attn_mask, scores, alpha=scale)
     return scores.softmax(dim=-1).to(v.dtype) @ v
 
 
@@ -472,12 +475,12 @@ class RecordedStep:
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             self.graph.capture_begin()
-            self.out = model.hidden(self.tokens, self)
+            self.out = model.hidden_states(self.tokens, self)
             self.graph.capture_end()
         torch.cuda.current_stream().wait_stream(aside)
 
     def recorded(self, model, B):
-        """hidden() asks this while the step is recorded: nothing to replay yet."""
+        """hidden_states() asks this while the step is recorded: nothing to replay yet."""
         return None
 
     def open(self, T, counts):
@@ -485,7 +488,7 @@ class RecordedStep:
         return self.position, self.cache.access(self.position, self.cache.layers[0].shape[3])
 
     def replay(self, tokens):
-        """Transformer.hidden() of tokens (B, 1); what it returns the next replay overwrites."""
+        """Transformer.hidden_states() of tokens (B, 1); what it returns the next replay overwrites."""
         B, lengths = len(tokens), self.cache.lengths
         here = lengths[:len(self.position)]
         self.tokens[:B] = tokens

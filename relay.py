@@ -55,8 +55,8 @@ LONGEST = len(b"<call></call>") + 9                   # bytes
 OPEN = b"<call"                                       # what no_calls=True forbids: no command is without it
 CHUNK = 256                                           # tokens of a row read at once: bounds the mask
 PASS = 8192                                           # tokens of all rows read at once: bounds the hidden states
-STATES = 2**21                                        # on a CPU at most so many / ffn: then what a layer computes,
-SLICE = 2**21                                         # and so many logits to sample from, stay in the CPU's cache
+STATES = 2**21                                        # on a CPU, at most STATES / ffn tokens at once, and
+SLICE = 2**21                                         # logits sampled from at once: they stay in its cache
 
 
 def command(n):
@@ -75,7 +75,7 @@ class Rollout:
     """One response and how it came about.
 
     logprobs: for each token of the SLM its log-probability at the sampling temperature (at 0: of the plain softmax),
-    before top-p cuts, without what no_calls=True forbids; 0.0 for each token of the LLM.
+    before top-p cuts, over the tokens that no_calls=True allows; 0.0 for each token of the LLM.
     """
     prompt: list
     tokens: list = field(default_factory=list)      # the response: commands and the end-of-text token included
@@ -89,6 +89,11 @@ class Rollout:
     def rho(self):
         """Call ratio: tokens written by the LLM / all tokens of the response (RelayLLM, section 3)."""
         return sum(self.by_llm) / max(len(self.tokens), 1)
+
+    @property
+    def served(self):
+        """The calls to which the LLM delivered at least one token."""
+        return [call for call in self.calls if call.delivered]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,7 +133,7 @@ def sample(logprobs, uniforms, temperature=1.0, top_p=1.0):
 
 def entropy(logprobs):
     """Entropy in nats of each distribution, (..., N) to (...)."""
-    return -(logprobs.exp() * logprobs.clamp(min=-100)).sum(dim=-1)   # 0 * -inf is NaN
+    return -logprobs.exp().mul_(logprobs.clamp(min=-100)).sum(dim=-1)   # 0 * -inf is NaN
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,7 +214,7 @@ class Reader:
                 flat += part + [0] * (width - len(part))           # shorter rows are padded behind
             tokens = torch.tensor(flat, device=self.cache.like.device).view(-1, width)
             out = (self.model(tokens, self.cache, counts, last=True) if last and not long
-                   else self.model.hidden(tokens, self.cache, counts))
+                   else self.model.hidden_states(tokens, self.cache, counts))
             for row, count in zip(order, counts):
                 texts[row].cached += count
             if not long:
@@ -307,7 +312,7 @@ def relay(slm, llm, tokenizer, prompts, *, max_new_tokens, temperature=0.7, seed
 
     slm, llm: Transformers that share `tokenizer`; llm=None: nobody is called, and commands stay as text.
     prompts: lists of token ids. max_new_tokens: budget of a response, the LLM's tokens and the commands included; it is
-    cut where the context of a model would overflow. temperature, top_p: the SLM's; 0 is greedy. The LLM samples at
+    cut where the context of a model would overflow. temperature (0: greedy) and top_p are the SLM's; the LLM samples at
     llm_temperature. seed: one int (row i draws from (seed, i)), or one seed for each row.
     fixed=N: every call delivers N tokens, whatever was asked. router=(high, low): commands are not obeyed; instead,
     where the SLM's next-token entropy exceeds `high` nats, its token is discarded and the LLM writes until its own
@@ -394,9 +399,10 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
                 reader.begin(r, prompt)
         return came
 
-    renew()
-    while rows:
-        turn = dict(rows)                                  # the SLM writes until every row waits for the LLM
+    def slm_turn():
+        """The SLM writes until every row waits for the LLM; or, where more rows are to come, until most wait: those
+        hold places that others could take."""
+        turn = dict(rows)
         while turn:
             drawn = draw(slm_reader, turn, known, temperature, top_p, banned, router)
             for r, row, token, logprob, nats in drawn:
@@ -411,10 +417,12 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
                     row.call(n, n if fixed is None else fixed)
             came = renew()
             turn = {r: row for r, row, *_ in drawn if not row.owed and not row.out.end} | came
-            if coming and 2 * len(turn) < len(rows):       # or, where more rows are to come, until most wait: those
-                break                                      # hold places that others could take
+            if coming and 2 * len(turn) < len(rows):
+                break
 
-        turn = {r: row for r, row in rows.items() if row.owed}     # the LLM serves all that wait as one batch
+    def llm_turn():
+        """The LLM serves all rows that wait, as one batch."""
+        turn = {r: row for r, row in rows.items() if row.owed}
         for r, row in turn.items():
             new = row.out.tokens[row.since:]               # what it has not been fed
             llm_reader.feed(r, new if router else without_commands(new, tokenizer))   # a router's commands are text
@@ -429,6 +437,11 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
                     row.owed = 0
             renew()                                        # who comes now waits for the SLM's turn
             turn = {r: row for r, row, *_ in drawn if row.owed and not row.out.end}
+
+    renew()
+    while rows:
+        slm_turn()
+        llm_turn()
     return done
 
 
@@ -456,7 +469,7 @@ def figures(right, rollouts):
 
     right: is it right?, for each answer. A call is a command to which the LLM delivered at least one token.
     """
-    asked = [[call.asked for call in r.calls if call.delivered] for r in rollouts]
+    asked = [[call.asked for call in r.served] for r in rollouts]
     values = dict(
         accuracy=right, accuracy_called=[hit for hit, n in zip(right, asked) if n],
         accuracy_alone=[hit for hit, n in zip(right, asked) if not n],
@@ -547,7 +560,7 @@ def show_presets(p, toy, real, **more):
 
 
 def fill_in(args, preset):
-    """Flags that were not given take the preset's values: the toy's, or with real models the paper's."""
+    """Flags that were not given take the preset's values: the toy's, or those for real models."""
     for key, value in preset.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
@@ -617,8 +630,8 @@ def glibc(function, *numbers):
 
 
 def small_models():
-    """Settings for models as small as the toy's: one thread, because more would only wait for each other; and glibc
-    keeps freed memory instead of giving it back to Linux page by page at each step, a third of the time."""
+    """Settings for models as small as the toy's: one thread, because a second one gains next to nothing; and glibc keeps
+    freed memory instead of giving it back to Linux page by page at each step, a third of the time."""
     torch.set_num_threads(1)
     glibc("mallopt", -1, 1 << 30)                          # M_TRIM_THRESHOLD
     glibc("mallopt", -3, 1 << 25)                          # M_MMAP_THRESHOLD
@@ -732,7 +745,7 @@ def show(text, slm, llm, tokenizer, args, colour):
                          llm_temperature=args.llm_temperature, top_p=args.top_p)
     finally:                                                      # also where Ctrl-C has stopped it
         print(decoder.decode(b"", final=True) + (marks[1] if last else ""))
-    seconds, calls = time.perf_counter() - start, [call for call in rollout.calls if call.delivered]
+    seconds, calls = time.perf_counter() - start, rollout.served
     again, context, since = 0, len(rollout.prompt), 0             # the LLM's context at each call, all of it sent
     for call in calls:
         context += len(without_commands(rollout.tokens[since:call.position], tokenizer))
@@ -801,6 +814,9 @@ def main():
             if not args.interactive:                                 # where the next question may be fine
                 raise
             print(error)
+    stage = next(name for name in ("warmup", "grpo", "eval") if not run.has(name))
+    pair = ["--slm", str(args.slm), "--llm", str(args.llm)] if stage == "warmup" else []
+    print(f"next: {run.command_line(f'{stage}.py', *pair, '--questions', 'FILE')}")
 
 
 if __name__ == "__main__":

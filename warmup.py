@@ -1,4 +1,4 @@
-"""Chapter 4. Stage 0 (toy only), stage 1, and what both training stages share.
+"""Chapter 4. Stage 0 (toy only), stage 1, and what stages 1 and 2 share.
 
 The warm-up teaches how a call is written, not yet when (RelayLLM, arXiv 2601.05167, section 4.1). The SLM answers
 questions itself; into each answer zero to three commands are put at random places; and the SLM is fine-tuned on the
@@ -8,8 +8,8 @@ way", has the exceptions).
     loss = - mean over answer tokens of log p(token | all before it)
 
 With no --slm and --llm the pair is the toy's, and stage 0 trains it here from scratch, one process for each model. What
-both stages need stands first: several processes that train one model, log-probabilities of chosen tokens,
-micro-batches, one optimizer step. On a first reading take Example to supervise() of it, then stage 1.
+the stages share stands first: several processes that train one model, questions and answers, log-probabilities of
+chosen tokens, micro-batches, one optimizer step. On a first reading take Example to supervise() of it, then stage 1.
 
 Left out: a choice among the answers (without the wrong ones what the SLM writes would shift), adapters such as LoRA,
 and one model spread over several GPUs (each process holds both models whole).
@@ -42,7 +42,7 @@ from relay import (Run, WrongArguments, command, entropy, fill_in, give_back, gr
                    parser, positive, relay, run_script, show_presets, small_models)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Shared by both stages: data parallel training (skip it on a first reading)
+# Shared by stages 1 and 2: data parallel training (skip it on a first reading)
 #
 # N processes run the same script; each holds both models and takes an N-th of the questions. What they have in common
 # (seeds, order, settings) each computes for itself, so little is sent: rows of metrics, roll-outs where all need all,
@@ -137,6 +137,9 @@ def machine_arguments(p):
                    help="compute layers again in the backward pass: slower, smaller")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Shared by stages 1 and 2: settings, questions, answers (skip it on a first reading)
+
 def settings_of(args, questions):
     """What run.json keeps of a stage's arguments: all that can change its result, and a hash of its questions."""
     how = ("run", "resume", "gpus", "device", "batch", "micro_tokens", "checkpointing", "save_every", "check",
@@ -152,24 +155,24 @@ def place(path, run):
     return str(path.relative_to(run) if path.is_relative_to(run) else path)
 
 
-def write_answers(slm, llm, tokenizer, questions, args, label, keep=lambda question, rollout: rollout, places=None,
+def write_answers(slm, llm, tokenizer, questions, args, label, keep=lambda question, rollout: rollout, numbers=None,
                   **options):
     """relay() over questions with the script's settings and a progress bar; each process writes its share.
 
     Returns what keep(question, rollout) makes of each; only that is sent to the other processes. Question i draws its
-    random numbers by the seed (args.seed, places[i]) (default: i).
+    random numbers by the seed (args.seed, numbers[i]) (default: i).
     """
     (rank, size), n = world(), len(questions)
-    mine, places = range(rank * n // size, (rank + 1) * n // size), places or range(n)
+    mine, numbers = range(rank * n // size, (rank + 1) * n // size), numbers or range(n)
     with progress_bar(total=len(mine), desc=label, unit="answer", leave=label not in ("check", "filter")) as bar:
         options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, batch=args.batch,
-                       seed=[(args.seed, places[i]) for i in mine], on_end=lambda *_: bar.update()) | options
+                       seed=[(args.seed, numbers[i]) for i in mine], on_end=lambda *_: bar.update()) | options
         rollouts = relay(slm, llm, tokenizer, [tokenizer.chat(questions[i].text) for i in mine], **options)
     return sum(meet([keep(questions[i], rollout) for i, rollout in zip(mine, rollouts)]), [])
 
 
 def training_questions(args, toy, stage, count, checks):
-    """(questions to train on, questions for checks): disjoint by a hash of their text, for every seed.
+    """(questions to train on, held-out ones for checks): disjoint by a hash of their text, for every seed.
 
     They are read before the models, so that a wrong file is found at once.
     """
@@ -196,7 +199,7 @@ def short(questions, tokenizer, slm, llm, most=4096):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Shared by both stages: log-probabilities, batches, one optimizer step
+# Shared by all stages: log-probabilities, batches, one optimizer step
 
 @dataclass
 class Example:
@@ -228,7 +231,7 @@ def pack(examples, device):
     """Examples as one list of tokens (N,) and its Grid; the places in it that predict learned tokens, and those tokens.
 
     Two roll-outs p q a b and p q c d of one prompt p q, whose last tokens b and d predict nothing:
-        tokens  p q a c        take  [[0, 1, 2], [0, 1, 3]]        put  [0, 1, 2, 5]
+        tokens  p q a c    take  [[0, 1, 2], [0, 1, 3]]    put  [0, 1, 2, 5]    at  1 2 1 3    targets  a b c d
     """
     width = max(len(e.tokens) for e in examples) - 1
     tokens, take, put, at, targets, prompts = [], [], [], [], [], {}
@@ -260,7 +263,7 @@ def token_logprobs(model, examples, known, temperature=1.0, entropies=False, chu
     a batch's would not fit.
     """
     tokens, grid, at, targets = pack(examples, model.embed.weight.device)
-    hidden = F.embedding(at, model.hidden(tokens, grid=grid))                  # (n, hidden)
+    hidden = F.embedding(at, model.hidden_states(tokens, grid=grid))                  # (n, hidden)
 
     def head(hidden, targets):
         logprobs = log_softmax(model.logits(hidden), known, temperature)
@@ -401,16 +404,16 @@ def pretrain_pair(run, args):
 # Stage 1: the supervised warm-up
 
 def insert_commands(tokens, tokenizer, rng, max_n):
-    """Zero to three commands at distinct random gaps of an answer (RelayLLM, section 4.1). Returns the new ids.
+    """Zero to three commands at distinct random positions of an answer (RelayLLM, section 4.1). Returns the new ids.
 
-    A gap is before a token: the first before the answer, the last before its end of text. Behind an answer that the
-    budget cut is none: nothing would be left to ask for.
-    n = min(d * 10^k, max_n, tokens behind the gap): d uniform in 1..9, k in 0..3, or less for a smaller max_n.
+    A command may stand before any token of the answer, its end of text included, but not behind the last one: nothing
+    would be left to ask for. n = min(d * 10^k, max_n, tokens behind it): d uniform in 1..9, k in 0..3, or less for a
+    smaller max_n.
     """
     out, powers = list(tokens), len(str(max_n))
-    for gap in sorted(rng.sample(range(len(tokens)), min(rng.randint(0, 3), len(tokens))), reverse=True):
-        n = min(rng.randint(1, 9) * 10 ** rng.randrange(powers), max_n, len(tokens) - gap)
-        out[gap:gap] = tokenizer.encode(command(n))          # from the back: earlier gaps keep their places
+    for at in sorted(rng.sample(range(len(tokens)), min(rng.randint(0, 3), len(tokens))), reverse=True):
+        n = min(rng.randint(1, 9) * 10 ** rng.randrange(powers), max_n, len(tokens) - at)
+        out[at:at] = tokenizer.encode(command(n))            # from the back: earlier positions stay what they are
     return out
 
 

@@ -86,8 +86,8 @@ class Forced(torch.nn.Module):
 
     def __init__(self, model, prompts, calls):
         super().__init__()
-        self.model, self.config, self.embed, self.hidden = model, model.config, model.embed, model.hidden
-        self.matrices = model.matrices
+        self.model, self.config, self.embed = model, model.config, model.embed
+        self.hidden_states, self.matrices = model.hidden_states, model.matrices
         self.read = [len(prompt) for prompt in prompts]
         self.calls = calls
 
@@ -339,7 +339,7 @@ def scale(bench):
         cache = None
         tokens = torch.ones(8, context, dtype=torch.long, device=bench.device)
         with torch.inference_mode():
-            seconds, = bench.turns(lambda: bench.seconds(lambda: model.hidden(tokens)))
+            seconds, = bench.turns(lambda: bench.seconds(lambda: model.hidden_states(tokens)))
         bench.add(f"read, {name}'s shape", dtype, f"{tokens.numel() / seconds:,.0f} tokens/s", "",
                   f"{2 * count * tokens.numel() / seconds / 1e12:.0f} TFLOP/s")
     reference, args = on_device(bench, "qwen3-1.7b", torch.float32), SimpleNamespace(

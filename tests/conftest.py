@@ -80,10 +80,10 @@ class Scripted(Transformer):
             self.asked[row] += 1
         return out
 
-    def hidden(self, tokens, cache=None, counts=None):
+    def hidden_states(self, tokens, cache=None, counts=None):
         for slot, row in enumerate(cache.rows[:len(tokens)]):
             self.heard[row] = self.heard.get(row, []) + tokens[slot, :counts[slot]].tolist()
-        return super().hidden(tokens, cache, counts)
+        return super().hidden_states(tokens, cache, counts)
 
 
 CONFIGS = {

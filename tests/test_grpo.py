@@ -442,9 +442,9 @@ def test_the_filter_keeps_what_the_llm_solves_often_enough_and_asks_it_once(tmp_
     """170,000 answers of the LLM were written again by every --resume and every variant."""
     asked = []
 
-    def answers(llm, nobody, tokenizer, questions, args, label, keep, temperature, places):
+    def answers(llm, nobody, tokenizer, questions, args, label, keep, temperature, numbers):
         asked.append(len(questions))
-        return [q.number >= place % args.filter_samples for place, q in zip(places, questions, strict=True)]
+        return [q.number >= number % args.filter_samples for number, q in zip(numbers, questions, strict=True)]
 
     monkeypatch.setattr(grpo, "write_answers", answers)
     pool = [SimpleNamespace(text=f"question {i}", number=i - 1) for i in range(6)]      # solved 0, 1, 2, 3, 4, 4 times
@@ -482,9 +482,9 @@ def test_the_filter_decides_as_all_answers_would(n, rate, tmp_path, monkeypatch)
     table = [[rng.random() < share for _ in range(n)] for share in (i / 199 for i in range(200))]
     written = []
 
-    def answers(llm, nobody, tokenizer, questions, args, label, keep, temperature, places):
-        written.extend(places)
-        return [table[place // n][place % n] for place in places]
+    def answers(llm, nobody, tokenizer, questions, args, label, keep, temperature, numbers):
+        written.extend(numbers)
+        return [table[number // n][number % n] for number in numbers]
 
     monkeypatch.setattr(grpo, "write_answers", answers)
     pool = [SimpleNamespace(text=str(i), number=i) for i in range(200)]
@@ -557,7 +557,7 @@ def all_steps(rank, size, port, out):
     if rank == 0:
         torch.save(results, out)
     if size > 1:
-        torch.distributed.destroy_process_group()
+        os._exit(0)                                        # as run_script() does, and why
 
 
 def free_port():

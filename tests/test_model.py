@@ -178,6 +178,8 @@ def test_attention_as_two_products_is_that_of_the_kernel(device, dtype, close):
     mask = torch.zeros(5, 1, 1, 33).masked_fill(torch.arange(33) > last, -torch.inf)
     want = F.scaled_dot_product_attention(*(t.double() for t in (q, *kv)), attn_mask=mask.to(device).double())
     assert (two_products(q, *kv, mask.to(device, dtype)) - want).norm() < close * want.norm()
+    want = F.scaled_dot_product_attention(*(t.double() for t in (q, *kv)))                      # equally long rows
+    assert (two_products(q, *kv, None) - want).norm() < close * want.norm()
 
 
 def test_checkpointing_changes_neither_loss_nor_gradient():

@@ -746,7 +746,7 @@ class Unrecorded(RecordedStep):
 
     def __init__(self, model, cache, rows):
         self.cache = cache
-        self.graph = SimpleNamespace(replay=lambda: setattr(self, "out", model.hidden(self.tokens, self)))
+        self.graph = SimpleNamespace(replay=lambda: setattr(self, "out", model.hidden_states(self.tokens, self)))
         self.tokens, self.position = torch.zeros(2, rows, 1, dtype=torch.int64)
 
 

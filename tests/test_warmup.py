@@ -38,19 +38,19 @@ def ragged(lengths, seed=0):
 # Commands in an answer
 
 def placed(answer, tokenizer, rng, max_n):
-    """[(gap in the answer, n)] of the commands that insert_commands put into it, in order."""
-    out, found, at, gap = insert_commands(answer, tokenizer, rng, max_n), [], 0, 0
+    """[(position in the answer, n)] of the commands that insert_commands put into it, in order."""
+    out, found, at, position = insert_commands(answer, tokenizer, rng, max_n), [], 0, 0
     while at < len(out):
         rest = b"".join(tokenizer.token_bytes[t] for t in out[at:at + 30])
         if match := COMMAND.match(rest):
             ids = tokenizer.encode(match[0].decode())
             assert out[at:at + len(ids)] == ids                # written as the tokenizer writes it
-            found.append((gap, int(match[1])))
+            found.append((position, int(match[1])))
             at += len(ids)
         else:
-            assert out[at] == answer[gap]                      # between commands: the answer, token by token
-            at, gap = at + 1, gap + 1
-    assert gap == len(answer)
+            assert out[at] == answer[position]                      # between commands: the answer, token by token
+            at, position = at + 1, position + 1
+    assert position == len(answer)
     return found
 
 
@@ -67,21 +67,21 @@ def test_an_answer_gets_zero_to_three_commands_equally_often(tokenizer):
     assert set(counts) == {0, 1, 2, 3}
 
 
-def test_commands_stand_at_distinct_gaps_from_the_start_up_to_the_end_of_text(tokenizer):
+def test_commands_stand_at_distinct_positions_from_the_start_up_to_the_end_of_text(tokenizer):
     """Two commands side by side, or one behind the end-of-text token, would be learnt and never come up."""
     rng, answer = random.Random(1), own_answer(tokenizer)
-    gaps = [[gap for gap, _ in placed(answer, tokenizer, rng, 9)] for _ in range(1500)]
-    assert all(len(set(g)) == len(g) for g in gaps)
-    assert set(itertools.chain(*gaps)) == set(range(len(answer)))      # gap 0: before all; the last: before the end
+    positions = [[position for position, _ in placed(answer, tokenizer, rng, 9)] for _ in range(1500)]
+    assert all(len(set(g)) == len(g) for g in positions)
+    assert set(itertools.chain(*positions)) == set(range(len(answer)))      # 0: before all; the last: before the end
 
 
 def test_a_command_asks_for_one_token_to_as_many_as_are_left(tokenizer):
     """n beyond the answer's end teaches lengths that nothing can fill; <call>0</call> asks for nothing."""
     rng, answer = random.Random(2), own_answer(tokenizer)
-    asked = [(gap, n) for _ in range(1500) for gap, n in placed(answer, tokenizer, rng, 9)]
-    assert all(1 <= n <= min(9, len(answer) - gap) for gap, n in asked)
+    asked = [(position, n) for _ in range(1500) for position, n in placed(answer, tokenizer, rng, 9)]
+    assert all(1 <= n <= min(9, len(answer) - position) for position, n in asked)
     assert {n for _, n in asked} == set(range(1, 10))
-    assert all(n == 1 for gap, n in asked if gap == len(answer) - 1)
+    assert all(n == 1 for position, n in asked if position == len(answer) - 1)
 
 
 def test_lengths_are_one_digit_times_a_power_of_ten_up_to_max_n(tokenizer):
