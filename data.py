@@ -91,7 +91,7 @@ def split_of(text):
 
 
 def toy_questions(split, rng, rare=0.5, unseen=True, unreliable=False):
-    """An endless stream of toy questions of one split: "train", "held_out" (checks while training, thresholds) or "eval".
+    """An endless stream of toy questions of one split: "train", "held_out" (for checks, thresholds) or "eval".
 
     rare: the share that names a rare thing. unseen=False leaves out the facts that warm-up and GRPO may not see.
     """
@@ -156,9 +156,8 @@ class Tokenizer:
 
     def _read_splits(self, spec):
         """The pre-tokenizer as a list of patterns, applied in turn: each cuts out its matches and what lies between."""
-        parts, splits = [spec], []
-        if isinstance(spec, dict) and spec.get("type") == "Sequence" and isinstance(spec.get("pretokenizers"), list):
-            parts = spec["pretokenizers"]
+        parts = spec["pretokenizers"] if isinstance(spec, dict) and spec.get("type") == "Sequence" else [spec]
+        splits = []
         for part in parts:
             match part:
                 case {"type": "Digits"}:

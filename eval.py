@@ -41,7 +41,7 @@ import numpy as np
 from data import load_questions, split_of, toy_questions
 from model import digest, fingerprint, load, need, progress_bar, write_beside, write_json
 from relay import (Call, Rollout, Run, WrongArguments, command, figures, fill_in, is_right, load_pair, machine, means,
-                   parser, plain_text, positive, relay, run_script, show_presets, top_p_argument)
+                   parser, plain_text, positive, relay, run_script, show_presets)
 
 TOY = dict(temperature=0.7, max_new_tokens=96, limit=1000, fixed=[1, 4, 9])
 REAL = dict(temperature=0.0, max_new_tokens=8192, fixed=[20, 100, 500])
@@ -109,8 +109,7 @@ def interval(values, statistic=np.mean):
     """95% percentile bootstrap interval of statistic(values), resampled 2,000 times by question (the last axis)."""
     values = np.asarray(values, dtype=float)
     picks = np.random.default_rng(0).integers(0, values.shape[-1], (2000, values.shape[-1]))
-    low, high = np.quantile([statistic(values[..., pick]) for pick in picks], [0.025, 0.975])
-    return [float(low), float(high)]
+    return np.quantile([statistic(values[..., pick]) for pick in picks], [0.025, 0.975]).tolist()
 
 
 def routers(rows, right):
@@ -240,11 +239,10 @@ def page(rows, answers, tokenizer, picture):
 # The script
 
 def arguments():
-    p = parser("The table: every method on the same fresh questions.", "python eval.py --run runs/toy")
+    p = parser("The table: every method on the same fresh questions.", "python eval.py --run runs/toy", top_p=True)
     g = p.add_argument_group("the table")
     g.add_argument("--repeat", type=positive(int), default=1,
                    help="answers to each question, at a --temperature above 0 (1; the paper's AIME: 32)")
-    top_p_argument(g)
     g.add_argument("--rows", nargs="*", default=ROWS, metavar="METHOD", help="beside slm, relay and llm only these, of "
                    f"{', '.join(ROWS)} and the names of grpo.py --variant (default: the first four)")
     g.add_argument("--fixed", type=positive(int), nargs="+", metavar="N", help="lengths of the fixed_N rows")
@@ -279,8 +277,7 @@ def fit_questions(args, run, questions):
 
 
 def find_variants(args, run, slm):
-    """{name: its settings} of the models of grpo.py --variant that --rows asks for, or --all. Says how to make others.
-    """
+    """{name: settings} of the models of grpo.py --variant that --rows or --all asks for. Says how to make others."""
     there = {name: stage for name, stage in run.info["stages"].items() if run.has(name)
              and name not in ("warmup", "grpo") and not name.startswith("pretrain ")}
     unknown = ", ".join(sorted({*args.rows} - {*ROWS, *VARIANTS, *there}))
@@ -363,8 +360,7 @@ class Table:
 
 
 def analyse(table, sweep, toy):
-    """What analysis.json holds: the relay's paired differences, where it calls, the token router's sweep; the toy's
-    bound."""
+    """analysis.json: the relay's paired differences, where it calls, the token router's sweep, the toy's bound."""
     rows, right = table.rows, table.right
     gains = {name: right["relay"] - right[name] for name in right if name != "relay"}
     return dict(relay_minus={name: dict(accuracy=float(gain.mean()), ci95=interval(gain),

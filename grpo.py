@@ -276,8 +276,7 @@ def flags():
     g.add_argument("--std-floor", type=at_least_zero(float), metavar="STD",
                    help="divide by at least this: then the length of right answers is no advantage (README.md, \"What "
                         "failed on the way\")")
-    g.add_argument("--llm-temperature", type=at_least_zero(float), default=0.7,
-                   help="the LLM's, inside a call (0.7)")
+    g.add_argument("--llm-temperature", type=at_least_zero(float), default=0.7, help="the LLM's, inside a call (0.7)")
     g = p.add_argument_group("questions that the LLM can solve (RelayLLM, section 5)")
     g.add_argument("--pool", type=positive(int), help="questions before the filter")
     g.add_argument("--filter-samples", type=at_least_zero(int), help="the LLM's answers to each, 0: no filter")
@@ -326,8 +325,6 @@ def arguments():
 
 def save_checkpoint(out, history, policy, optimizer, source, settings):
     """Write the state after the steps of `history`, then make it the one to go on from, then delete the one before."""
-    if world()[0] > 0:                                 # one process writes for all
-        return
     folder = out / f"checkpoint-{len(history)}"        # there may be half of it, from a run that was killed
     save(policy, folder, source)
     try:
@@ -423,9 +420,8 @@ def train(history, questions, held_out, policy, reference, llm, tokenizer, optim
             raise KeyboardInterrupt
 
     while len(history) < args.steps and not add_up(len(signals)):
-        step, lr = len(history) + 1, args.lr   # constant, as in the paper
-        if args.ramp:                          # the toy's falls, and at first rises: no batch is to decide all
-            lr = learning_rate(args.lr, step - 1, args.steps, args.ramp)
+        step = len(history) + 1                # the paper's rate is constant; the toy's rises at first, then falls
+        lr = learning_rate(args.lr, step - 1, args.steps, args.ramp) if args.ramp else args.lr
         batch = list(itertools.islice(stream, args.questions_per_step))
         try:
             metrics, groups = train_step(step, batch, policy, reference, llm, tokenizer, optimizer, known, lr, args,
@@ -469,7 +465,6 @@ def main():
         return
     questions, held_out = training_questions(args, run.toy, "grpo", args.pool, args.eval_questions)
     chosen = settings_of(args, questions) | dict(weights_at_start=fingerprint(source)[:12])
-    run.open()
     out.mkdir(exist_ok=True)
     history, folder = last_checkpoint(out, chosen)
     need(args.resume or not folder, f"{out} holds an unfinished training; go on with --resume, or delete it")
@@ -478,8 +473,7 @@ def main():
     device, frozen = machine(args, run.toy)
     first = join_processes(device)
     run.lock = only_one(out) if first else None           # held until this process ends
-    policy, llm, tokenizer = load_pair(folder or source, args.llm or run.directory("llm"), device, frozen,
-                                       learns=True)
+    policy, llm, tokenizer = load_pair(folder or source, args.llm or run.directory("llm"), device, frozen, learns=True)
     policy.checkpointing = args.checkpointing
     reference = load(source, device)
     need(policy.config == reference.config, f"{folder}: its model is not of the shape of {source}")
@@ -489,7 +483,7 @@ def main():
     questions, held_out = (short(some, tokenizer, policy, llm) for some in (questions, held_out))
     questions = filter_questions(questions, llm, tokenizer, args, run.path / "filter.json")
     need(questions, "the LLM solves none of the questions; give easier ones, or --filter-samples 0")
-    keep = lambda: save_checkpoint(out, history, policy, optimizer, source, chosen)
+    keep = lambda: first and save_checkpoint(out, history, policy, optimizer, source, chosen)
     if first:                                  # the steps after these are done again
         lines = "".join(json.dumps(metrics) + "\n" for metrics in history)
         write_beside(out / "metrics.jsonl", lambda file: file.write(lines.encode()))

@@ -42,8 +42,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-FAMILIES = ("qwen3", "qwen2", "llama")  # the model_type values of config.json that this transformer covers
-
 
 @dataclass
 class Config:
@@ -102,8 +100,8 @@ class Grid(NamedTuple):
     """Sequences without padding, for learning: N tokens in one list, and how they stand in rows for attention.
 
     Most of a layer's work looks at one token alone, so it pays to have each token once: no padding, and a prompt that
-    many rows begin with only one time. (F.embedding(i, x) below is x[i], with a faster gradient.)
-    (An example is in warmup.py, pack(), which makes them.)
+    many rows begin with only one time. pack() in warmup.py makes them, and has an example. (F.embedding(i, x) below is
+    x[i], with a faster gradient.)
     """
     take: torch.Tensor     # (B, T) int64: the place in the list of each row's tokens; anything behind a row's end
     put: torch.Tensor      # (N,) int64: row * T + column where each token stands (one of them: its copies are equal)
@@ -129,11 +127,7 @@ class Layer(nn.Module):
         self.down = nn.Linear(c.ffn, c.hidden, bias=c.mlp_bias)
 
     def forward(self, x, cos, sin, past=None, grid=None):
-        """x: (B, T, hidden). past: the function that stores this layer's new keys and values and returns all (see
-        Cache.access), or None for whole sequences.
-
-        With a Grid, x is (N, hidden), and only attention sees the N tokens as rows.
-        """
+        """x: (B, T, hidden), or with a Grid (N, hidden). past: see Cache.access(); None for whole sequences."""
         x = x + linear(self.out, self.attention(self.attn_norm(x), cos, sin, past, grid))
         gate, up = linear(self.gate_up, self.ffn_norm(x)).chunk(2, dim=-1)
         return x + linear(self.down, F.silu(gate) * up)
@@ -204,7 +198,7 @@ class Transformer(nn.Module):
             self.freq = rope_frequencies(self.config).to(tokens.device)
         if cache is None:
             position, past = torch.arange(T, device=tokens.device)[None], [None] * len(self.layers)    # (1, T)
-        elif T == 1 and (step := cache.recorded(self, B)):
+        elif T == 1 and cache.records and (step := cache.recorded(self, B)):
             return step.replay(tokens)
         else:
             position, past = cache.open(T, [T] * B if counts is None else counts)                      # (B, T)
@@ -232,11 +226,8 @@ class Transformer(nn.Module):
         makes its (T, V) logits.
         """
         x = self.hidden_states(tokens, cache, counts)
-        if last and x.shape[1] == 1:
-            x = x[:, 0]
-        elif last:
-            at = [tokens.shape[1] - 1] * len(tokens) if counts is None else [n - 1 for n in counts]
-            x = x[torch.arange(len(tokens), device=x.device), torch.tensor(at, device=x.device)]
+        if last:
+            x = x[:, -1] if counts is None or x.shape[1] == 1 else x[list(range(len(x))), [n - 1 for n in counts]]
         return self.logits(x)
 
 
@@ -269,7 +260,10 @@ def prepack(model, free=False):
     for matrix in model.matrices():
         weight = matrix.weight
         if weight.numel() > 2**16 and not hasattr(weight, "packed"):
-            if FBGEMM and dtype == torch.float32 and fits_half(weight.detach()):
+            # Half precision has more digits than bfloat16, fewer only below 2^-17: such weights fit to 2^-25 (3e-8);
+            # weights that have learnt in float32 do not.
+            if FBGEMM and dtype == torch.float32 and all(
+                    (part.half().float() - part).abs().max() <= 2**-25 for part in weight.detach().split(256)):
                 weight.packed = torch.ops.quantized.linear_prepack_fp16(weight.detach(), getattr(matrix, "bias", None))
             else:
                 weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
@@ -277,12 +271,6 @@ def prepack(model, free=False):
             if free and matrix is not model.embed:         # whose rows are still looked up
                 weight.data = weight.data.new_zeros(1).expand(weight.shape)
     return packed
-
-
-def fits_half(weight):
-    """Whether half precision holds these float32 numbers to 2^-25 (3e-8): it has more digits than bfloat16, and fewer
-    only for numbers below 2^-17. Weights that have learnt in float32 do not fit."""
-    return all((part.half().float() - part).abs().max() <= 2**-25 for part in weight.split(256))
 
 
 def forget(weights):
@@ -413,9 +401,7 @@ class Cache:
         return [partial(past, kv) for kv in self.layers]
 
     def recorded(self, model, B):
-        """The RecordedStep of the first B slots: on a CUDA GPU, from their fourth decoding step on. Else None."""
-        if not self.records:
-            return None
+        """The RecordedStep of the first B slots, from their fourth decoding step on; until then None."""
         slots, capacity = self.layers[0].shape[1], self.layers[0].shape[3]
         rows = min(1 << (B - 1).bit_length(), slots)       # powers of two: few recordings serve any number of rows
         if max(self.lengths[:rows]) == capacity:
@@ -449,11 +435,10 @@ def two_products(q, k, v, attn_mask):
 def two_products_pay(q, config):
     """Whether two_products() is faster and as exact. Qwen2's biases make keys so large that the ten bits of TF32, in
     which the scripts let a GPU multiply float32, would be felt."""
-    if q.dtype.itemsize == 2:
-        return q.is_cuda and WIDE
+    half = q.dtype.itemsize == 2
     if q.is_cuda:
-        return not config.qkv_bias or torch.get_float32_matmul_precision() == "highest"
-    return q.device.type == "cpu" and torch.get_num_threads() > 1      # with one it takes as long
+        return WIDE if half else not config.qkv_bias or torch.get_float32_matmul_precision() == "highest"
+    return not half and q.device.type == "cpu" and torch.get_num_threads() > 1     # with one it takes as long
 
 
 RECORD = 4      # the 4th decoding step of a given number of rows is recorded: that takes the time of two steps
@@ -467,6 +452,7 @@ class RecordedStep:
     are, so they grow in larger blocks there. Slots behind the rows of a batch compute too: what they store stands
     behind their row's length, where its next token will overwrite it.
     """
+    records = False     # while the step is recorded this is the cache of hidden_states(): nothing to replay yet
 
     def __init__(self, model, cache, rows):
         self.cache, self.graph = cache, torch.cuda.CUDAGraph()
@@ -478,10 +464,6 @@ class RecordedStep:
             self.out = model.hidden_states(self.tokens, self)
             self.graph.capture_end()
         torch.cuda.current_stream().wait_stream(aside)
-
-    def recorded(self, model, B):
-        """hidden_states() asks this while the step is recorded: nothing to replay yet."""
-        return None
 
     def open(self, T, counts):
         """Cache.open() while the step is recorded: all slots, the whole capacity."""
@@ -558,7 +540,7 @@ def parse_config(raw, path):
         rope["rope_type"] = scaling = rope.get("rope_type", rope.get("type", "default"))
         kind = raw.get("model_type")
         for key, value, supported in (
-                ("model_type", kind, FAMILIES), ("rope type", scaling, list(ROPE_NEEDS)),
+                ("model_type", kind, ["qwen3", "qwen2", "llama"]), ("rope type", scaling, list(ROPE_NEEDS)),
                 ("hidden_act", raw.get("hidden_act", "silu"), ["silu"]),
                 ("use_sliding_window", raw.get("use_sliding_window") or False, [False]),
                 *(("layer_types", layer, ["full_attention"]) for layer in raw.get("layer_types") or ())):

@@ -35,7 +35,6 @@ import select
 import shlex
 import signal
 import sys
-import tempfile
 import time
 from collections import deque
 from contextlib import suppress
@@ -185,9 +184,8 @@ class Reader:
         So a question is read once for all its roll-outs. Each row reads the last token itself, because it needs the
         logits after it; and rows that are further on need not be padded to the length of a prompt.
         """
-        holder = {}                                        # prompt -> a row that has read it, or the first that will
-        for row in [*self.cache.rows, *new]:
-            holder.setdefault(self.texts[row].prompt, row)
+        # prompt -> the first row that has read it, or that will
+        holder = {self.texts[row].prompt: row for row in reversed([*self.cache.rows, *new])}
         if readers := [row for row, prompt in new.items() if holder[prompt] == row]:
             self.read({row: len(new[row]) - 1 for row in readers})
         for source in {holder[prompt] for prompt in new.values()}:
@@ -246,11 +244,6 @@ def without_commands(tokens, tokenizer):
         else:
             rest += bytes(byte for i, byte in zip(here, piece) if i not in gone)
     return kept + tokenizer.encode_bytes(rest)
-
-
-def begun(tail):
-    """How many bytes of a command's opening stand at the end of this text."""
-    return max(n for n in range(len(OPEN)) if tail.endswith(OPEN[:n]))
 
 
 def completing(tokenizer, device):
@@ -331,11 +324,9 @@ def relay(slm, llm, tokenizer, prompts, *, max_new_tokens, temperature=0.7, seed
         if not 0 < len(prompt) < context:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens; the context holds 1 to {context - 1}: "
                              f"{tokenizer.decode(prompt)[:80]!r} ...")
-    if not prompts:                                        # weights need not be packed for nobody
-        return []
     coming = deque((i, p, min(max_new_tokens, context - len(p)), s) for i, (p, s) in enumerate(zip(prompts, seeds)))
     ignore = lambda *what: None
-    packed = prepack(slm)
+    packed = prepack(slm) if prompts else []
     try:
         done = relay_rows(slm, llm, tokenizer, coming, batch or len(prompts), on_token or ignore, on_end or ignore,
                           temperature, llm_temperature, top_p, fixed, router, no_calls)
@@ -354,7 +345,8 @@ def draw(reader, turn, known, temperature, top_p=1.0, banned=None, router=None):
         rows = [turn[r] for r in part]
         logprobs = log_softmax(logits[start:start + size], known, temperature)
         if banned is not None:
-            opening = banned[[begun(row.tail) for row in rows]]                    # (B, N)
+            begun = [max(n for n in range(len(OPEN)) if row.tail.endswith(OPEN[:n])) for row in rows]    # bytes of it
+            opening = banned[begun]                                                # (B, N)
             logprobs = torch.log_softmax(logprobs.masked_fill(opening, -torch.inf), dim=-1)
         ids = sample(logprobs, [row.uniforms.item(len(row.out.tokens)) for row in rows], temperature, top_p)
         chosen = logprobs.gather(-1, ids[:, None].to(logprobs.device))[:, 0].tolist()
@@ -373,8 +365,7 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
     """
     known = torch.tensor(tokenizer.known, device=slm.embed.weight.device)
     banned = completing(tokenizer, known.device) if no_calls else None
-    slm_reader, llm_reader = Reader(slm), Reader(llm) if llm is not None else None
-    readers = [slm_reader, llm_reader] if llm_reader else [slm_reader]
+    readers = slm_reader, llm_reader = Reader(slm), Reader(llm or slm)      # without an LLM the second reads nothing
     rows, done = {}, {}                                    # index -> Row, of those that have a place; -> Rollout
     high, low = router or (math.inf, -math.inf)
 
@@ -386,7 +377,7 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
         if ended := [r for r, row in rows.items() if row.out.end]:
             for r in ended:
                 out = done[r] = rows.pop(r).out
-                cost = slm_reader.cost(r) + (llm_reader.cost(r) if llm_reader else (0, 0))
+                cost = slm_reader.cost(r) + llm_reader.cost(r)
                 out.cost = dict(zip(("slm_prefill", "slm_decode", "llm_prefill", "llm_decode"), cost))
                 on_end(r, out)
             for reader in readers:
@@ -406,14 +397,14 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
         while turn:
             drawn = draw(slm_reader, turn, known, temperature, top_p, banned, router)
             for r, row, token, logprob, nats in drawn:
-                if nats > high and llm_reader:             # what it drew is not written
+                if nats > high and llm:                    # what it drew is not written
                     row.call(row.left, row.left)           # until the LLM is sure, below
                     continue
                 row.append(token, False, logprob, tokenizer.end_ids)
                 slm_reader.feed(r, [token], own=True)
                 on_token(r, token, False)
                 n = row.find_command(tokenizer.token_bytes[token])
-                if n is not None and llm_reader and not router and not row.out.end:
+                if n is not None and llm and not router and not row.out.end:
                     row.call(n, n if fixed is None else fixed)
             came = renew()
             turn = {r: row for r, row, *_ in drawn if not row.owed and not row.out.end} | came
@@ -456,8 +447,7 @@ def plain_text(rollout, tokenizer):
 
 
 def is_right(question, rollout, tokenizer):
-    """Is the response right, commands apart? A strict question (the toy's) wants its answer last: only an end of text
-    may follow."""
+    """Is the response right, commands apart? A strict one (the toy's) wants its answer last, then an end of text."""
     text = plain_text(rollout, tokenizer)
     if question.strict:
         return rollout.end != "length" and text.endswith(f"\\boxed{{{question.answer}}}")
@@ -517,15 +507,9 @@ def at_least_zero(kind, most=math.inf):
     return positive(kind, or_zero=True, most=most)
 
 
-def top_p_argument(p):
-    """For the scripts that do not train: what is learned from must be samples of the model itself."""
-    p.add_argument("--top-p", type=positive(float, most=1), default=1.0, metavar="P",
-                   help="sample among the likeliest tokens only that have this probability together (1: all; within a "
-                        "call the LLM always takes all)")
-
-
-def parser(description, example):
-    """An argument parser with the flags that every script has, spelled once."""
+def parser(description, example, top_p=False):
+    """An argument parser with the flags that every script has, spelled once. top_p: a flag of those that do not train,
+    since what is learned from must be samples of the model itself."""
     p = Parser(usage=f"{example}\n\n{description}")
     g = p.add_argument_group("what")
     g.add_argument("--run", type=Path, default=Path("runs/toy"), help="where everything of a run lies (runs/toy)")
@@ -538,6 +522,10 @@ def parser(description, example):
     g.add_argument("--temperature", type=at_least_zero(float), metavar="T",
                    help="the SLM's sampling temperature; 0 is greedy")
     g.add_argument("--max-new-tokens", type=positive(int), metavar="N", help="budget of a response, in tokens")
+    if top_p:
+        g.add_argument("--top-p", type=positive(float, most=1), default=1.0, metavar="P",
+                       help="sample among the likeliest tokens only that have this probability together (1: all; "
+                            "within a call the LLM always takes all)")
     g = p.add_argument_group("on which machine")
     g.add_argument("--batch", type=positive(int), default=256, metavar="ROWS", help="roll-outs decoded at once (256)")
     g.add_argument("--device", default="auto",
@@ -582,15 +570,11 @@ class Run:
         stages = self.info.get("stages")
         need(isinstance(stages, dict) and all(isinstance(stage, dict) for stage in stages.values()),
              f"{self.file}: not a file of this program (no stages in it)")
+        self.llm_temperature = stages.get("grpo", {}).get("llm_temperature", 0.7)      # inside a call, as in training
 
     def has(self, stage):
         """Is this stage finished, and its model still there (config.json is what save() writes last)?"""
         return stage in self.info["stages"] and (self.path / stage.removeprefix("pretrain ") / "config.json").exists()
-
-    def open(self):
-        """Make the directory. Fails now, and not after hours of work, where nothing can be written."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=self.path).close()
 
     def directory(self, name):
         """Where "slm" or "llm" lies: as given to warmup.py, or (the toy's) inside the run."""
@@ -613,11 +597,6 @@ class Run:
     def toy(self):
         return self.info.get("toy", False)
 
-    @property
-    def llm_temperature(self):
-        """The LLM's, inside a call, as in training."""
-        return self.info["stages"].get("grpo", {}).get("llm_temperature", 0.7)
-
     def command_line(self, script, *more):
         """What to type for a script on this run. more: what real models need besides."""
         return shlex.join(["python", script, "--run", self.path.as_posix(), *([] if self.toy else more)])
@@ -630,8 +609,8 @@ def glibc(function, *numbers):
 
 
 def small_models():
-    """Settings for models as small as the toy's: one thread, because a second one gains next to nothing; and glibc keeps
-    freed memory instead of giving it back to Linux page by page at each step, a third of the time."""
+    """Settings for models as small as the toy's: one thread, because a second one gains next to nothing; and glibc
+    keeps freed memory instead of giving it back to Linux page by page at each step, a third of the time."""
     torch.set_num_threads(1)
     glibc("mallopt", -1, 1 << 30)                          # M_TRIM_THRESHOLD
     glibc("mallopt", -3, 1 << 25)                          # M_MMAP_THRESHOLD
@@ -645,8 +624,7 @@ def give_back(model):
 
 
 def machine(args, toy=False):
-    """(device, dtype of the models that are not trained) that --device and --dtype ask for; "auto" is float32 for the
-    toy."""
+    """(device, dtype of frozen models) that --device and --dtype ask for; for the toy "auto" is float32."""
     if toy:
         small_models()
     device = args.device
@@ -785,10 +763,9 @@ def questions(args, toy):
 
 def main():
     p = parser("Show one relay: the LLM's tokens in colour, or in [brackets] when the output is no terminal.",
-               'python relay.py "Dan buys 3 lutes and a basket for 2 coins. How many coins does Dan pay?"')
+               'python relay.py "Dan buys 3 lutes and a basket for 2 coins. How many coins does Dan pay?"', top_p=True)
     p.add_argument("question", nargs="?", help="default: one of the toy's; with real models: standard input")
     p.add_argument("--interactive", action="store_true", help="ask for questions, a line each, until the input ends")
-    top_p_argument(p)
     show_presets(p, TOY, REAL, slm=" (RUN/grpo, before that RUN/warmup)")
     args = p.parse_args()
     run = Run(args.run)

@@ -24,6 +24,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -321,8 +322,7 @@ def supervised_step(model, optimizer, examples, known, lr, most):
 
 
 def learning_rate(lr, step, steps, ramp):
-    """The rate of a step, counted from 0: `lr`, times a rise over the first `ramp` steps, times a fall from 1 to 0 over
-    all of them."""
+    """`lr`, times a rise over the first `ramp` steps, times a fall to 0 over all of them. `step` counts from 0."""
     return lr * min(1.0, (step + 1) / ramp) * (1 - step / steps)
 
 
@@ -479,7 +479,8 @@ def main():
         return
     run.info = dict(toy=args.toy, stages=run.info["stages"])     # without a pair whose warm-up was deleted
     run.info |= {name: place(path, run.path) for name, path in pair.items()}
-    run.open()
+    run.path.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=run.path).close()           # fails now, and not after hours, where nobody may write
     start_processes(args)
     device, frozen = machine(args, args.toy)
     first = join_processes(device)
