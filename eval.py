@@ -65,7 +65,8 @@ class Answers:
         self.path, self.records = path, {}
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         for line in text.splitlines():
-            with suppress(ValueError, KeyError, TypeError, RecursionError):      # half a line, of one that was killed
+            # half a line, of one that was killed, or no line of ours
+            with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 record = json.loads(line)
                 if {"tokens", "calls", "end", "cost", "seconds"} <= record.keys():
                     self.records[record["key"]] = record

@@ -373,7 +373,8 @@ def load_optimizer(optimizer, file):
     """Its state, read on the CPU; load_state_dict() brings it to the device, and the copy is freed."""
     try:
         optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-        if any(state["exp_avg"].shape != p.shape for p, state in optimizer.state.items()):    # it does not look at that
+        if any(state[name].shape != p.shape for p, state in optimizer.state.items()
+               for name in ("exp_avg", "exp_avg_sq")):         # it does not look, and a fused step would crash
             raise ValueError
     except Exception as error:                 # what a damaged file raises depends on where the damage is
         raise ValueError(f"{file}: damaged, or not of this run ({type(error).__name__})") from None
@@ -466,6 +467,7 @@ def main():
     questions, held_out = training_questions(args, run.toy, "grpo", args.pool, args.eval_questions)
     chosen = settings_of(args, questions) | dict(weights_at_start=fingerprint(source)[:12])
     out.mkdir(exist_ok=True)
+    run.probe()
     history, folder = last_checkpoint(out, chosen)
     need(args.resume or not folder, f"{out} holds an unfinished training; go on with --resume, or delete it")
     done = len(history)

@@ -35,6 +35,7 @@ import select
 import shlex
 import signal
 import sys
+import tempfile
 import time
 from collections import deque
 from contextlib import suppress
@@ -576,6 +577,11 @@ class Run:
         """Is this stage finished, and its model still there (config.json is what save() writes last)?"""
         return stage in self.info["stages"] and (self.path / stage.removeprefix("pretrain ") / "config.json").exists()
 
+    def probe(self):
+        """Make the directory. Fails now, and not after hours of work, where nothing can be written."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=self.path).close()
+
     def directory(self, name):
         """Where "slm" or "llm" lies: as given to warmup.py, or (the toy's) inside the run."""
         return self.path / self.info.get(name, name)      # an absolute path stays what it is
@@ -791,8 +797,8 @@ def main():
             if not args.interactive:                                 # where the next question may be fine
                 raise
             print(error)
-    stage = next(name for name in ("warmup", "grpo", "eval") if not run.has(name))
-    pair = ["--slm", str(args.slm), "--llm", str(args.llm)] if stage == "warmup" else []
+    stage = next((name for name in ("warmup", "grpo") if not run.has(name)), "eval")
+    pair = ["--slm", str(args.slm), "--llm", str(args.llm or run.directory("llm"))] if stage == "warmup" else []
     print(f"next: {run.command_line(f'{stage}.py', *pair, '--questions', 'FILE')}")
 
 

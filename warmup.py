@@ -24,7 +24,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -479,8 +478,7 @@ def main():
         return
     run.info = dict(toy=args.toy, stages=run.info["stages"])     # without a pair whose warm-up was deleted
     run.info |= {name: place(path, run.path) for name, path in pair.items()}
-    run.path.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=run.path).close()           # fails now, and not after hours, where nobody may write
+    run.probe()
     start_processes(args)
     device, frozen = machine(args, args.toy)
     first = join_processes(device)

@@ -714,6 +714,11 @@ def test_an_optimizer_of_a_model_of_another_shape_is_refused(tmp_path):
     grpo.load_optimizer(small, tmp_path / "optimizer.pt")
     with pytest.raises(ValueError, match="not of this run"):
         grpo.load_optimizer(large, tmp_path / "optimizer.pt")
+    state = small.state_dict()
+    state["state"][0]["exp_avg_sq"] = torch.zeros(3)       # the step read behind its end
+    torch.save(state, tmp_path / "optimizer.pt")
+    with pytest.raises(ValueError, match="not of this run"):
+        grpo.load_optimizer(small, tmp_path / "optimizer.pt")
 
 
 def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(toy, toy_directory, tmp_path, monkeypatch):
