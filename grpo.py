@@ -421,8 +421,9 @@ def train(history, questions, held_out, policy, reference, llm, tokenizer, optim
             raise KeyboardInterrupt
 
     while len(history) < args.steps and not add_up(len(signals)):
-        step = len(history) + 1                # the paper's rate is constant; the toy's rises at first, then falls
-        lr = learning_rate(args.lr, step - 1, args.steps, args.ramp) if args.ramp else args.lr
+        step, lr = len(history) + 1, args.lr   # constant, as in the paper
+        if args.ramp:                          # the toy's falls, and at first rises: no batch is to decide all
+            lr = learning_rate(args.lr, step - 1, args.steps, args.ramp)
         batch = list(itertools.islice(stream, args.questions_per_step))
         try:
             metrics, groups = train_step(step, batch, policy, reference, llm, tokenizer, optimizer, known, lr, args,
@@ -466,8 +467,8 @@ def main():
         return
     questions, held_out = training_questions(args, run.toy, "grpo", args.pool, args.eval_questions)
     chosen = settings_of(args, questions) | dict(weights_at_start=fingerprint(source)[:12])
+    run.open()
     out.mkdir(exist_ok=True)
-    run.probe()
     history, folder = last_checkpoint(out, chosen)
     need(args.resume or not folder, f"{out} holds an unfinished training; go on with --resume, or delete it")
     done = len(history)

@@ -260,10 +260,7 @@ def prepack(model, free=False):
     for matrix in model.matrices():
         weight = matrix.weight
         if weight.numel() > 2**16 and not hasattr(weight, "packed"):
-            # Half precision has more digits than bfloat16, fewer only below 2^-17: such weights fit to 2^-25 (3e-8);
-            # weights that have learnt in float32 do not.
-            if FBGEMM and dtype == torch.float32 and all(
-                    (part.half().float() - part).abs().max() <= 2**-25 for part in weight.detach().split(256)):
+            if FBGEMM and dtype == torch.float32 and fits_half(weight.detach()):
                 weight.packed = torch.ops.quantized.linear_prepack_fp16(weight.detach(), getattr(matrix, "bias", None))
             else:
                 weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
@@ -271,6 +268,12 @@ def prepack(model, free=False):
             if free and matrix is not model.embed:         # whose rows are still looked up
                 weight.data = weight.data.new_zeros(1).expand(weight.shape)
     return packed
+
+
+def fits_half(weight):
+    """Whether half precision holds these float32 numbers to 2^-25 (3e-8): it has more digits than bfloat16, and fewer
+    only for numbers below 2^-17. Weights that have learnt in float32 do not fit."""
+    return all((part.half().float() - part).abs().max() <= 2**-25 for part in weight.split(256))
 
 
 def forget(weights):
@@ -435,10 +438,11 @@ def two_products(q, k, v, attn_mask):
 def two_products_pay(q, config):
     """Whether two_products() is faster and as exact. Qwen2's biases make keys so large that the ten bits of TF32, in
     which the scripts let a GPU multiply float32, would be felt."""
-    half = q.dtype.itemsize == 2
+    if q.dtype.itemsize == 2:
+        return q.is_cuda and WIDE
     if q.is_cuda:
-        return WIDE if half else not config.qkv_bias or torch.get_float32_matmul_precision() == "highest"
-    return not half and q.device.type == "cpu" and torch.get_num_threads() > 1     # with one it takes as long
+        return not config.qkv_bias or torch.get_float32_matmul_precision() == "highest"
+    return q.device.type == "cpu" and torch.get_num_threads() > 1      # with one it takes as long
 
 
 RECORD = 4      # the 4th decoding step of a given number of rows is recorded: that takes the time of two steps

@@ -247,6 +247,11 @@ def without_commands(tokens, tokenizer):
     return kept + tokenizer.encode_bytes(rest)
 
 
+def begun(tail):
+    """How many bytes of a command's opening stand at the end of this text."""
+    return max(n for n in range(len(OPEN)) if tail.endswith(OPEN[:n]))
+
+
 def completing(tokenizer, device):
     """(len(OPEN), N) bool, for no_calls=True: row n marks the ids that complete OPEN behind its first n bytes."""
     return torch.tensor([[OPEN in OPEN[:n] + piece for piece in tokenizer.token_bytes] for n in range(len(OPEN))],
@@ -346,8 +351,7 @@ def draw(reader, turn, known, temperature, top_p=1.0, banned=None, router=None):
         rows = [turn[r] for r in part]
         logprobs = log_softmax(logits[start:start + size], known, temperature)
         if banned is not None:
-            begun = [max(n for n in range(len(OPEN)) if row.tail.endswith(OPEN[:n])) for row in rows]    # bytes of it
-            opening = banned[begun]                                                # (B, N)
+            opening = banned[[begun(row.tail) for row in rows]]                    # (B, N)
             logprobs = torch.log_softmax(logprobs.masked_fill(opening, -torch.inf), dim=-1)
         ids = sample(logprobs, [row.uniforms.item(len(row.out.tokens)) for row in rows], temperature, top_p)
         chosen = logprobs.gather(-1, ids[:, None].to(logprobs.device))[:, 0].tolist()
@@ -366,7 +370,8 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
     """
     known = torch.tensor(tokenizer.known, device=slm.embed.weight.device)
     banned = completing(tokenizer, known.device) if no_calls else None
-    readers = slm_reader, llm_reader = Reader(slm), Reader(llm or slm)      # without an LLM the second reads nothing
+    slm_reader, llm_reader = Reader(slm), Reader(llm) if llm is not None else None
+    readers = [slm_reader, llm_reader] if llm_reader else [slm_reader]
     rows, done = {}, {}                                    # index -> Row, of those that have a place; -> Rollout
     high, low = router or (math.inf, -math.inf)
 
@@ -378,7 +383,7 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
         if ended := [r for r, row in rows.items() if row.out.end]:
             for r in ended:
                 out = done[r] = rows.pop(r).out
-                cost = slm_reader.cost(r) + llm_reader.cost(r)
+                cost = slm_reader.cost(r) + (llm_reader.cost(r) if llm_reader else (0, 0))
                 out.cost = dict(zip(("slm_prefill", "slm_decode", "llm_prefill", "llm_decode"), cost))
                 on_end(r, out)
             for reader in readers:
@@ -398,14 +403,14 @@ def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperatur
         while turn:
             drawn = draw(slm_reader, turn, known, temperature, top_p, banned, router)
             for r, row, token, logprob, nats in drawn:
-                if nats > high and llm:                    # what it drew is not written
+                if nats > high and llm_reader:             # what it drew is not written
                     row.call(row.left, row.left)           # until the LLM is sure, below
                     continue
                 row.append(token, False, logprob, tokenizer.end_ids)
                 slm_reader.feed(r, [token], own=True)
                 on_token(r, token, False)
                 n = row.find_command(tokenizer.token_bytes[token])
-                if n is not None and llm and not router and not row.out.end:
+                if n is not None and llm_reader and not router and not row.out.end:
                     row.call(n, n if fixed is None else fixed)
             came = renew()
             turn = {r: row for r, row, *_ in drawn if not row.owed and not row.out.end} | came
@@ -571,13 +576,12 @@ class Run:
         stages = self.info.get("stages")
         need(isinstance(stages, dict) and all(isinstance(stage, dict) for stage in stages.values()),
              f"{self.file}: not a file of this program (no stages in it)")
-        self.llm_temperature = stages.get("grpo", {}).get("llm_temperature", 0.7)      # inside a call, as in training
 
     def has(self, stage):
         """Is this stage finished, and its model still there (config.json is what save() writes last)?"""
         return stage in self.info["stages"] and (self.path / stage.removeprefix("pretrain ") / "config.json").exists()
 
-    def probe(self):
+    def open(self):
         """Make the directory. Fails now, and not after hours of work, where nothing can be written."""
         self.path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=self.path).close()
@@ -602,6 +606,11 @@ class Run:
     @property
     def toy(self):
         return self.info.get("toy", False)
+
+    @property
+    def llm_temperature(self):
+        """The LLM's, inside a call, as in training."""
+        return self.info["stages"].get("grpo", {}).get("llm_temperature", 0.7)
 
     def command_line(self, script, *more):
         """What to type for a script on this run. more: what real models need besides."""

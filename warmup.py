@@ -263,7 +263,7 @@ def token_logprobs(model, examples, known, temperature=1.0, entropies=False, chu
     a batch's would not fit.
     """
     tokens, grid, at, targets = pack(examples, model.embed.weight.device)
-    hidden = F.embedding(at, model.hidden_states(tokens, grid=grid))                  # (n, hidden)
+    hidden = F.embedding(at, model.hidden_states(tokens, grid=grid))           # (n, hidden)
 
     def head(hidden, targets):
         logprobs = log_softmax(model.logits(hidden), known, temperature)
@@ -478,7 +478,7 @@ def main():
         return
     run.info = dict(toy=args.toy, stages=run.info["stages"])     # without a pair whose warm-up was deleted
     run.info |= {name: place(path, run.path) for name, path in pair.items()}
-    run.probe()
+    run.open()
     start_processes(args)
     device, frozen = machine(args, args.toy)
     first = join_processes(device)

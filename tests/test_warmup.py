@@ -48,7 +48,7 @@ def placed(answer, tokenizer, rng, max_n):
             found.append((position, int(match[1])))
             at += len(ids)
         else:
-            assert out[at] == answer[position]                      # between commands: the answer, token by token
+            assert out[at] == answer[position]                 # between commands: the answer, token by token
             at, position = at + 1, position + 1
     assert position == len(answer)
     return found
