@@ -34,7 +34,7 @@ from relay import (Run, WrongArguments, at_least_zero, differing, figures, fill_
                    load_pair, machine, means, parser, positive, relay, run_script, show_presets)
 from warmup import (Example, adamw, add_up, apply_gradient, hear_signals, join_processes, learning_rate,
                     machine_arguments, meet, micro_batches, settings_of, short, start_processes,
-                    token_logprobs, training_questions, world, write_answers)
+                    token_logprobs, training_questions, working_copy, world, write_answers)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reward, advantage, loss: pure functions
@@ -138,7 +138,7 @@ def update(policy, reference, optimizer, rollouts, advantage, known, lr, args):
         for name, values in (("loss", loss), ("kl", kl), ("clip_fraction", clipped), ("entropy", entropies)):
             sums[name] += values.sum().item()
         sums["difference"] = max([sums["difference"], *(logprobs - old).abs().tolist()])
-    return sums | dict(norm=apply_gradient(policy, optimizer, lr))
+    return sums | dict(norm=apply_gradient(optimizer, lr))
 
 
 def score(questions, groups, tokenizer, args):
@@ -476,17 +476,18 @@ def main():
     device, frozen = machine(args, run.toy)
     first = join_processes(device)
     run.lock = only_one(out) if first else None           # held until this process ends
-    policy, llm, tokenizer = load_pair(folder or source, args.llm or run.directory("llm"), device, frozen, learns=True)
+    master, llm, tokenizer = load_pair(folder or source, args.llm or run.directory("llm"), device, frozen, learns=True)
+    reference = load(source, device, getattr(torch, args.train_dtype))
+    need(master.config == reference.config, f"{folder}: its model is not of the shape of {source}")
+    optimizer = adamw(master, args.lr)
+    policy = working_copy(master, optimizer, args.train_dtype)
     policy.checkpointing = args.checkpointing
-    reference = load(source, device)
-    need(policy.config == reference.config, f"{folder}: its model is not of the shape of {source}")
-    optimizer = adamw(policy, args.lr)
     if folder:
         load_optimizer(optimizer, folder / "optimizer.pt")
     questions, held_out = (short(some, tokenizer, policy, llm) for some in (questions, held_out))
     questions = filter_questions(questions, llm, tokenizer, args, run.path / "filter.json")
     need(questions, "the LLM solves none of the questions; give easier ones, or --filter-samples 0")
-    keep = lambda: first and save_checkpoint(out, history, policy, optimizer, source, chosen)
+    keep = lambda: first and save_checkpoint(out, history, master, optimizer, source, chosen)
     if first:                                  # the steps after these are done again
         lines = "".join(json.dumps(metrics) + "\n" for metrics in history)
         write_beside(out / "metrics.jsonl", lambda file: file.write(lines.encode()))
@@ -502,7 +503,7 @@ def main():
         meet()                                             # who leaves first has the others killed
         sys.exit(f"grpo.py: stopped after step {len(history)}; go on with --resume" if first else 1)
     if first:
-        save(policy, out, source)
+        save(master, out, source)
         run.finish(args.variant, chosen)
         delete_checkpoints(out)
     total = lambda key: sum(m[key] for m in history[done:])

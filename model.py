@@ -147,7 +147,9 @@ class Layer(nn.Module):
         group = c.heads // c.kv_heads
         if past is None:                       # is_causal wants a key for each query head: here the keys are copied
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            if q.device.type == "cpu" and q.dtype.itemsize == 2:               # else the gradient takes twice as long
+                q, k, v = q.float(), k.float(), v.float()
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True).to(x.dtype)
         else:
             k, v, mask = past(k, v)                                            # (B, kv_heads, W, D), all tokens so far
             # All queries of a group see the same keys: stacked along the time axis they share them without a copy.

@@ -56,7 +56,7 @@ OPEN = b"<call"                                       # what no_calls=True forbi
 CHUNK = 256                                           # tokens of a row read at once: bounds the mask
 PASS = 8192                                           # tokens of all rows read at once: bounds the hidden states
 STATES = 2**21                                        # on a CPU, at most STATES / ffn tokens at once, and
-SLICE = 2**21                                         # logits sampled from at once: they stay in its cache
+SLICE = 2**19                                         # logits made probabilities at once: they stay in its cache
 
 
 def command(n):
@@ -129,6 +129,12 @@ def sample(logprobs, uniforms, temperature=1.0, top_p=1.0):
     cdf = probs.cumsum(dim=-1, dtype=torch.float64)
     u = torch.tensor(uniforms, dtype=torch.float64, device=cdf.device)[:, None] * cdf[:, -1:]
     return torch.searchsorted(cdf, u, right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
+
+
+def few_rows(logits, *others):
+    """Slices of logits (B, V) and of others (B, ...): on a CPU of so few rows that its cache holds what comes of it."""
+    size = max(1, SLICE // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+    return zip(*(x.split(size) for x in (logits, *others)))
 
 
 def entropy(logprobs):
@@ -344,12 +350,11 @@ def relay(slm, llm, tokenizer, prompts, *, max_new_tokens, temperature=0.7, seed
 def draw(reader, turn, known, temperature, top_p=1.0, banned=None, router=None):
     """One step of a model for the rows of `turn`, {index: Row}. Returns [(index, Row, sampled id, its log-probability,
     entropy if a router asks)]. banned: see completing()."""
-    order, logits = reader.step(list(turn))
-    drawn, size = [], max(1, SLICE // len(known)) if known.device.type == "cpu" else len(order)
-    for start in range(0, len(order), size):
-        part = order[start:start + size]
+    (order, logits), drawn = reader.step(list(turn)), []
+    for some, in few_rows(logits):
+        part = order[len(drawn):len(drawn) + len(some)]
         rows = [turn[r] for r in part]
-        logprobs = log_softmax(logits[start:start + size], known, temperature)
+        logprobs = log_softmax(some, known, temperature)
         if banned is not None:
             opening = banned[[begun(row.tail) for row in rows]]                    # (B, N)
             logprobs = torch.log_softmax(logprobs.masked_fill(opening, -torch.inf), dim=-1)
@@ -537,8 +542,7 @@ def parser(description, example, top_p=False):
     g.add_argument("--device", default="auto",
                    help="auto, cpu, cuda, cuda:1, mps (auto: CUDA where there is one, but the CPU for the toy)")
     g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-                   help="of frozen models (auto: bfloat16 where the hardware has it, but float32 for the toy); what is "
-                        "trained, and its reference, are in float32")
+                   help="of frozen models (auto: bfloat16 where the hardware has it, but float32 for the toy)")
     return p
 
 

@@ -26,8 +26,10 @@ import subprocess
 import sys
 import threading
 import time
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,8 +40,8 @@ from tqdm import tqdm
 
 from data import Tokenizer, load_questions, save_toy_tokenizer, split_of, toy_questions, with_asides
 from model import Grid, Transformer, digest, need, parse_config, progress_bar, read_config, save
-from relay import (Run, WrongArguments, command, entropy, fill_in, give_back, graded, load_pair, log_softmax, machine,
-                   parser, positive, relay, run_script, show_presets, small_models)
+from relay import (Run, WrongArguments, command, entropy, few_rows, fill_in, give_back, graded, load_pair, log_softmax,
+                   machine, parser, positive, relay, run_script, show_presets, small_models)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared by stages 1 and 2: data parallel training (skip it on a first reading)
@@ -129,12 +131,15 @@ def add_up(values):
 
 
 def machine_arguments(p):
-    """The flags of both training stages that say how, not what."""
+    """The flags of both training stages that say how, not what (though of the two dtypes each has its own rounding)."""
     p = p.add_argument_group("training on this machine")
     p.add_argument("--gpus", type=positive(int), default=1, help="processes, one per GPU (1); or start with torchrun")
     p.add_argument("--micro-tokens", type=positive(int), help="tokens that pass the model at once")
     p.add_argument("--checkpointing", action=argparse.BooleanOptionalAction,
                    help="compute layers again in the backward pass: slower, smaller")
+    p.add_argument("--train-dtype", choices=["float32", "bfloat16"], default="float32",
+                   help="in which the model that learns, and its reference, compute; its own weights, and the "
+                        "optimizer's, are in float32 (float32)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,6 +259,38 @@ def pack(examples, device):
 HEAD = 2**26      # logits in memory at once: 256 MiB in float32
 
 
+class ChosenLogprobs(torch.autograd.Function):
+    """(logits (n, V), targets (n,)) to the targets' log-probabilities, (n,), and, if asked for, the entropies, (n,).
+
+    d log p(target) / d logit j = ([j = target] - p(j)) / temperature. Left to autograd several more tensors of the
+    logits' size would be kept, and read from memory again and again; here a few rows at a time are computed in the
+    CPU's cache, and the gradient is written over the logits, which are nobody else's.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets, known, temperature, entropies):
+        ctx.save_for_backward(logits, targets, known)
+        ctx.temperature, chosen, spread = temperature, [], []
+        for part, target in few_rows(logits, targets):
+            logprobs = log_softmax(part, known, temperature)
+            chosen.append(logprobs.gather(-1, target[:, None])[:, 0])
+            spread += [entropy(logprobs)] if entropies else []
+        spread = torch.cat(spread) if entropies else None
+        ctx.mark_non_differentiable(*[spread] * entropies)
+        return torch.cat(chosen), spread
+
+    @staticmethod
+    def backward(ctx, slopes, _):
+        logits, targets, known = ctx.saved_tensors
+        for part, target, slope in few_rows(logits, targets, slopes):
+            logprobs = log_softmax(part, known, ctx.temperature)
+            chosen = torch.zeros_like(logprobs).scatter_(-1, target[:, None], slope[:, None])
+            part[:, len(known):] = 0
+            part[:, :len(known)] = torch._log_softmax_backward_data(chosen, logprobs, -1, logprobs.dtype).div_(
+                ctx.temperature)               # of log_softmax(): chosen - exp(logprobs) * sum of chosen
+        return logits, None, None, None, None
+
+
 def token_logprobs(model, examples, known, temperature=1.0, entropies=False, chunk=None):
     """Log-probabilities of all learned tokens, (n,), example by example; with entropies=True the entropies there, too,
     (n,) without a gradient, else None.
@@ -266,8 +303,7 @@ def token_logprobs(model, examples, known, temperature=1.0, entropies=False, chu
     hidden = F.embedding(at, model.hidden_states(tokens, grid=grid))           # (n, hidden)
 
     def head(hidden, targets):
-        logprobs = log_softmax(model.logits(hidden), known, temperature)
-        return logprobs.gather(-1, targets[:, None])[:, 0], entropy(logprobs.detach()) if entropies else None
+        return ChosenLogprobs.apply(model.logits(hidden), targets, known, temperature, entropies)
 
     chunk = chunk or max(1, HEAD // model.config.vocab_size)
     parts = list(zip(hidden.split(chunk), targets.split(chunk)))
@@ -284,19 +320,46 @@ def adamw(model, lr):
     return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
 
 
-def apply_gradient(model, optimizer, lr):
+def working_copy(master, optimizer, dtype):
+    """A copy in "bfloat16" that samples and learns in the master's place, faster and smaller; for "float32" the master.
+
+    A weight of 16 bits cannot take a step of a thousandth of itself, nor a sum of 16 bits many small parts. So the
+    copy's gradients are added up in the master's, in float32; the optimizer moves the master; and after each of its
+    steps the copy takes the new weights (Mixed precision training, arXiv 1710.03740, section 3.1). The master is saved.
+    """
+    if dtype == "float32":
+        return master
+    copy = deepcopy(master).to(getattr(torch, dtype))
+    pairs = list(zip(copy.parameters(), master.parameters()))
+
+    def hand_over(p, m):
+        m.grad = p.grad.float() if m.grad is None else m.grad.add_(p.grad)
+        p.grad = None
+
+    def renew(*_):
+        with torch.no_grad():
+            for p, m in pairs:
+                p.copy_(m)
+
+    for p, m in pairs:
+        p.register_post_accumulate_grad_hook(partial(hand_over, m=m))
+    optimizer.register_step_post_hook(renew)
+    return copy
+
+
+def apply_gradient(optimizer, lr):
     """Add up the processes' gradients (each loss is divided by the tokens of all), clip to norm 1, take one step.
 
     No step where the norm is not finite. Returns the norm before the clip.
     """
+    group, = optimizer.param_groups
     if world()[1] > 1:
-        for p in model.parameters():           # a process without a token to learn has no gradient of its own
+        for p in group["params"]:              # a process without a token to learn has no gradient of its own
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             distributed.all_reduce(p.grad)
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+    norm = float(torch.nn.utils.clip_grad_norm_(group["params"], 1.0))
     if math.isfinite(norm):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        group["lr"] = lr
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -314,7 +377,7 @@ def supervised_step(model, optimizer, examples, known, lr, most):
         part = -token_logprobs(model, [mine[i] for i in batch], known)[0].sum() / total
         part.backward()
         loss += part.item()
-    apply_gradient(model, optimizer, lr)
+    apply_gradient(optimizer, lr)
     loss = add_up(loss)
     need(math.isfinite(loss), "the loss is no longer finite; try a smaller --lr")
     return loss
@@ -325,13 +388,12 @@ def learning_rate(lr, step, steps, ramp):
     return lr * min(1.0, (step + 1) / ramp) * (1 - step / steps)
 
 
-def supervise(model, tokenizer, batches, steps, lr, ramp, most, label, position=0):
+def supervise(model, optimizer, tokenizer, batches, steps, lr, ramp, most, label, position=0):
     """One update for each batch, a list of examples; micro-batches of at most `most` tokens.
 
     label and position (the line on the screen) are the progress bar's. ramp: see learning_rate().
     """
-    optimizer, known = adamw(model, lr), torch.tensor(tokenizer.known, device=model.embed.weight.device)
-    start, read = time.perf_counter(), 0
+    known, start, read = torch.tensor(tokenizer.known, device=model.embed.weight.device), time.perf_counter(), 0
     with progress_bar(total=steps, desc=label, unit="step", position=position) as bar:
         for step, examples in enumerate(batches):
             loss = supervised_step(model, optimizer, examples, known, learning_rate(lr, step, steps, ramp), most)
@@ -373,8 +435,8 @@ def pretrain(rank, jobs, batch=32):
         return Example(prompt + answer + [tokenizer.end_id], [False] * len(prompt) + learn + [True])
 
     batches = ([example(next(questions)) for _ in range(batch)] for _ in range(steps))
-    supervise(model, tokenizer, batches, steps, corpus["lr"], ramp=50, most=1500, label=f"pretrain {name}",
-              position=rank)
+    supervise(model, adamw(model, corpus["lr"]), tokenizer, batches, steps, corpus["lr"], ramp=50, most=1500,
+              label=f"pretrain {name}", position=rank)
     save(model, directory)
 
 
@@ -416,7 +478,7 @@ def insert_commands(tokens, tokenizer, rng, max_n):
     return out
 
 
-def warm_up(model, tokenizer, rollouts, args):
+def warm_up(model, optimizer, tokenizer, rollouts, args):
     """Fine-tune on the model's own answers, each with random commands in it."""
     rng = random.Random(f"commands {args.seed}")
     steps = math.ceil(len(rollouts) / args.batch_size) * args.epochs
@@ -431,7 +493,8 @@ def warm_up(model, tokenizer, rollouts, args):
             for start in range(0, len(rollouts), args.batch_size):
                 yield [example(r) for r in rollouts[start:start + args.batch_size]]
 
-    supervise(model, tokenizer, batches(), steps, args.lr, max(1, 0.03 * steps), args.micro_tokens, "warm-up")
+    supervise(model, optimizer, tokenizer, batches(), steps, args.lr, max(1, 0.03 * steps), args.micro_tokens,
+              "warm-up")
 
 
 # In REAL, epochs is the paper's, lr and batch_size are in its ranges (5e-6 to 2e-5, 8 to 32), and max_n is its largest
@@ -485,7 +548,9 @@ def main():
     if args.toy and first:
         pretrain_pair(run, args)
     meet()
-    slm, llm, tokenizer = load_pair(run.directory("slm"), run.directory("llm"), device, frozen, learns=True)
+    master, llm, tokenizer = load_pair(run.directory("slm"), run.directory("llm"), device, frozen, learns=True)
+    optimizer = adamw(master, args.lr)
+    slm = working_copy(master, optimizer, args.train_dtype)
     pool, checks = (short(questions, tokenizer, slm, llm) for questions in (pool, checks))
 
     def check(label, llm):
@@ -499,10 +564,10 @@ def main():
     print(f"sampled {sum(len(r.tokens) for r in own) / (time.perf_counter() - start):,.0f} tokens/s")
     check("SLM alone", None)
     slm.checkpointing = args.checkpointing
-    warm_up(slm, tokenizer, own, args)
+    warm_up(slm, optimizer, tokenizer, own, args)
     check("warmed up, with the LLM", llm)
     if first:
-        save(slm, run.path / "warmup", run.directory("slm"))
+        save(master, run.path / "warmup", run.directory("slm"))
         run.finish("warmup", chosen)
     print(f"wrote {run.path / 'warmup'}; next: {run.command_line('grpo.py', '--questions', str(args.questions))}")
 

@@ -32,7 +32,7 @@ from data import Question, Tokenizer, save_toy_tokenizer  # noqa: E402
 from model import Cache, Transformer, linear, load, parse_config, prepack, save  # noqa: E402
 from needs import parameters  # noqa: E402
 from relay import Reader, Rollout, relay, small_models  # noqa: E402
-from warmup import TOY_SIZES, adamw  # noqa: E402
+from warmup import TOY_SIZES, adamw, working_copy  # noqa: E402
 
 try:
     import transformers
@@ -565,9 +565,11 @@ def learning(bench):
 
 # A step of GRPO, beside TRL
 
-def our_steps(folder, device, questions, group, tokens, steps):
+def our_steps(folder, device, questions, group, tokens, steps, dtype):
     """Seconds of (sampling, learning) of each step; half of all answers count as right, so that there is a gradient."""
-    policy, reference, tokenizer = load(folder, device), load(folder, device), Tokenizer(folder)
+    master, reference, tokenizer = load(folder, device), load(folder, device, dtype), Tokenizer(folder)
+    optimizer = adamw(master, 1e-6)
+    policy = working_copy(master, optimizer, str(dtype).removeprefix("torch."))
     spare = policy.config.vocab_size - len(tokenizer.known)        # random weights have the toy's tokenizer, with fewer
     tokenizer.known += [True] * spare                              # ids: all are sampled, as the rival does
     tokenizer.token_bytes += [b" x"] * spare
@@ -577,7 +579,7 @@ def our_steps(folder, device, questions, group, tokens, steps):
         batch_scenarios=False, clip_low=0.2, clip_high=0.3, kl=0.01, loss="token", llm_tokens_in_loss=False,
         micro_tokens=3000)
     right, grpo.is_right = grpo.is_right, lambda question, rollout, tokenizer: sum(rollout.tokens) % 2 == 0
-    optimizer, known = adamw(policy, 1e-6), torch.tensor(tokenizer.known, device=device)
+    known = torch.tensor(tokenizer.known, device=device)
     try:
         asked = [Question(text, "1") for text in questions]
         metrics = [grpo.train_step(step, asked, policy, reference, None, tokenizer, optimizer, known, 1e-6, args)[0]
@@ -619,8 +621,8 @@ def trl_steps(folder, device, questions, group, tokens, steps, bf16):
 
 
 def grpo_row(bench):
-    """Ours in float32 (on CUDA with products in TF32, as our scripts), TRL in the same and, where the hardware has
-    bfloat16, with that; no calls. TRL samples with generate(), not with vLLM."""
+    """Both in float32 (on CUDA with products in TF32, as our scripts) and, where the hardware has bfloat16, with
+    products in that; no calls. TRL samples with generate(), not with vLLM."""
     if transformers is None or importlib.util.find_spec("trl") is None:
         bench.notes.append("the row grpo needs trl (pip install trl)")
         return
@@ -636,14 +638,13 @@ def grpo_row(bench):
                 save_toy_tokenizer(made)
                 save(on_device(bench, model, torch.bfloat16), made)
             asked = [f"Dan buys {i + 2} lutes and a basket for 5 coins. How many coins does Dan pay?" for i in range(n)]
-            steps = bench.size(4, 2)           # the first does not count: no policy has learnt before it
-            ours = our_steps(path, bench.device, asked, group, tokens, steps)[1:]
-            theirs = {name: min(trl_steps(path, bench.device, asked, group, tokens, steps, bf16)[1:])
-                      for name, bf16 in (("TRL", False), ("TRL with bf16=True", True)) if bench.native or not bf16}
-        best, work = min(ours, key=sum), f"GRPO step, {work}, {n} x {group} x {tokens}"
-        for name, seconds in theirs.items():
-            bench.add(work, torch.float32, f"{sum(best):.2f} s", f"{seconds:.2f} s", name, seconds / sum(best))
-        bench.notes.append(f"{work}: sampling {best[0]:.2f} s, learning {best[1]:.2f} s")
+            what, work = (asked, group, tokens, bench.size(4, 2)), f"GRPO step, {work}, {n} x {group} x {tokens}"
+            for dtype in [torch.float32, torch.bfloat16] if bench.native else [torch.float32]:
+                # the first step does not count: no policy has learnt before it
+                ours = min(our_steps(path, bench.device, *what, dtype)[1:], key=sum)
+                theirs = min(trl_steps(path, bench.device, *what, bf16=dtype == torch.bfloat16)[1:])
+                bench.add(work, dtype, f"{sum(ours):.2f} s", f"{theirs:.2f} s", "TRL", theirs / sum(ours))
+                bench.notes.append(f"{work}, {dtype}: sampling {ours[0]:.2f} s, learning {ours[1]:.2f} s")
 
 
 ROWS = dict(grpo=grpo_row, smollm2=smollm2, ragged=ragged, qwen=qwen, toy=toy, bandwidth=bandwidth, scale=scale,

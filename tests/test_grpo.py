@@ -143,7 +143,8 @@ def test_kl_and_the_difference_to_the_sampler_start_at_zero(toy):
     """Policy and reference are the same weights before the first update, in the same precision."""
     tokenizer, policy, reference, _ = toy
     rollouts = some_rollouts(toy)
-    optimizer = SimpleNamespace(param_groups=[{}], zero_grad=lambda set_to_none: policy.zero_grad(), step=lambda: None)
+    optimizer = SimpleNamespace(param_groups=[dict(params=list(policy.parameters()))], step=lambda: None,
+                                zero_grad=lambda set_to_none: policy.zero_grad())
     sums = update(policy, reference, optimizer, rollouts, torch.ones(len(rollouts)), torch.tensor(tokenizer.known),
                   1e-3, settings())
     assert sums["kl"] == 0 and sums["difference"] < 1e-5
@@ -539,7 +540,7 @@ def warmed_weights(tokenizer):
     """({}, the weights after warm_up() on answers of many lengths)."""
     model = tiny("qwen3", 1, vocab_size=len(tokenizer.known))
     answers = [Rollout([1, 2, 3], list(range(40, 45 + 3 * i))) for i in range(7)]
-    warm_up(model, tokenizer, answers, settings(lr=1e-2, epochs=2, batch_size=3, max_n=9, seed=1))
+    warm_up(model, adamw(model, 1e-2), tokenizer, answers, settings(lr=1e-2, epochs=2, batch_size=3, max_n=9, seed=1))
     return {}, [p.detach() for p in model.parameters()]
 
 
@@ -666,6 +667,39 @@ def test_a_run_that_is_killed_and_stopped_ends_with_the_same_bytes(warmed_up, tm
     capsys.readouterr()
     called(monkeypatch, warmed_up, *questions, "--resume")
     assert "finished" in capsys.readouterr().out
+
+
+def test_in_sixteen_bits_kl_starts_at_zero_and_a_stopped_run_ends_with_the_same_bytes(warmed_up, tmp_path,
+                                                                                      monkeypatch):
+    """The float32 weights are what is kept: from a copy's rounded ones a run would go on elsewhere."""
+    other, train_step, file = tmp_path / "other", grpo.train_step, tmp_path / "questions.jsonl"
+    shutil.copytree(warmed_up, other)
+    write_questions(file, [7] * 30)
+    questions = "--questions", str(file)
+    sixteen = *questions, "--train-dtype", "bfloat16"
+
+    def five(step, questions, policy, reference, *rest):
+        assert policy.embed.weight.dtype == reference.embed.weight.dtype == torch.bfloat16
+        if step > 5 and not resumed:
+            raise KeyboardInterrupt
+        return train_step(step, questions, policy, reference, *rest)
+
+    monkeypatch.setattr(grpo, "train_step", five)
+    resumed = False
+    with pytest.raises(SystemExit, match="stopped after step 5"):
+        called(monkeypatch, warmed_up, *sixteen)
+    with pytest.raises(ValueError, match="train_dtype bfloat16, not float32"):
+        called(monkeypatch, warmed_up, *questions, "--resume")
+    resumed = True
+    called(monkeypatch, warmed_up, *sixteen, "--resume")
+    called(monkeypatch, other, *sixteen)
+    learned, undisturbed = ((run / "grpo" / "model.safetensors").read_bytes() for run in (warmed_up, other))
+    assert learned == undisturbed
+    assert load(warmed_up / "grpo").embed.weight.ne(load(warmed_up / "warmup").embed.weight).any()
+    assert json.loads((other / "grpo" / "config.json").read_text())["dtype"] == "float32"
+    steps = [json.loads(line) for line in (other / "grpo" / "metrics.jsonl").open()]
+    first, *_, last = [step for step in steps if step["kl"] is not None]   # of those that had something to learn
+    assert first["kl"] == 0 < last["kl"] and first["sampler_learner_difference"] < 0.1
 
 
 def test_a_checkpoint_of_another_start_or_model_is_refused(warmed_up, tmp_path, monkeypatch):
