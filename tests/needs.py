@@ -33,19 +33,21 @@ def memory_needed(slm, llm, args, llm_bytes=2):
     """{what: bytes} of a training step, from two Configs; "peak" is the sum of what is there at the same time.
 
     The policy has float32 weights, a gradient and Adam's two averages (16 bytes a parameter), the reference float32
-    weights. Caches and activations take turns. Activations: what the backward pass keeps of args.micro_tokens tokens,
-    counted from the operations of model.Layer, in float32, attention itself without its (T, T) weights.
+    weights; with args.train_dtype "bfloat16" the policy has a copy of 2 bytes besides, and the reference 2. Caches and
+    activations take turns. Activations: what the backward pass keeps of args.micro_tokens tokens, counted from the
+    operations of model.Layer, attention itself without its (T, T) weights.
     """
     small, large = parameters(slm), parameters(llm)
+    copy, size = (2, 2) if args.train_dtype == "bfloat16" else (0, 4)           # bytes a number
     rows = min(args.batch, args.questions_per_step * args.group)
     tokens = rows * (args.prompt_tokens + args.max_new_tokens)
     q, kv = slm.heads * slm.head_dim, slm.kv_heads * slm.head_dim
-    inside = 6 * slm.hidden + 8 * q + 8 * kv + 5 * slm.ffn                  # floats a token and layer
+    inside = 6 * slm.hidden + 8 * q + 8 * kv + 5 * slm.ffn                  # numbers a token and layer
     kept = slm.hidden * slm.layers + inside if args.checkpointing else inside * slm.layers
     head = 4 * 4 * min(args.micro_tokens * slm.vocab_size, HEAD)            # of a chunk: logits, log-softmax, slopes
-    parts = dict(policy=16 * small, reference=4 * small, llm=llm_bytes * large,
-                 caches=tokens * (cache_bytes(slm, 4) + cache_bytes(llm, llm_bytes)),
-                 learning=4 * args.micro_tokens * kept + head)
+    parts = dict(policy=(16 + copy) * small, reference=size * small, llm=llm_bytes * large,
+                 caches=tokens * (cache_bytes(slm, size) + cache_bytes(llm, llm_bytes)),
+                 learning=size * args.micro_tokens * kept + head)
     return parts | dict(peak=sum(parts.values()) - min(parts["caches"], parts["learning"]))
 
 
@@ -56,7 +58,7 @@ WRITTEN = 0.7             # of the filter's answers, if all pass rates are equal
 
 
 def hours_needed(slm, llm, args, length, rho, llm_bytes=2):
-    """{what: hours} of a whole GRPO run on one GPU, from two Configs: an estimate to plan with, nothing more.
+    """{what: hours} of a whole GRPO run in float32 on one GPU, from two Configs: an estimate to plan with, no more.
 
     length: tokens of a mean response (the longest: args.max_new_tokens). rho: the LLM's share of them. A token costs
     two operations a parameter (forward), twice that backward; a decoding step reads all weights once, and all caches up
@@ -87,12 +89,13 @@ def main():
             ("--prompt-tokens", 500, "longest prompt"), ("--length", 800, "tokens of a mean response"),
             ("--rho", 0.02, "the LLM's share of them")):
         p.add_argument(flag, type=type(value), default=value, help=f"{text} ({value})")
+    p.add_argument("--train-dtype", choices=["float32", "bfloat16"], default="float32", help="as grpo.py's (float32)")
     given = p.parse_args()
     args = SimpleNamespace(**REAL | vars(given))
     small, large = read_config(given.slm), read_config(given.llm)
     hours = hours_needed(small, large, args, args.length, args.rho)
     print("GiB: " + ", ".join(f"{what} {size / 2**30:.1f}" for what, size in memory_needed(small, large, args).items()))
-    print("hours, estimated: " + ", ".join(f"{what} {value:.1f}" for what, value in hours.items()))
+    print("hours in float32, estimated: " + ", ".join(f"{what} {value:.1f}" for what, value in hours.items()))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from grpo import advantages, examples_of, k3, last_checkpoint, policy_loss, rewa
 from model import Config, Transformer, load, parse_config, save
 from needs import memory_needed
 from relay import Call, Rollout, Run, WrongArguments, command, entropy, log_softmax, relay, small_models
-from warmup import adamw, join_processes, start_processes, token_logprobs, warm_up, write_answers
+from warmup import adamw, join_processes, start_processes, token_logprobs, warm_up, working_copy, write_answers
 
 
 @pytest.fixture(scope="module")
@@ -926,7 +926,7 @@ def test_more_gpus_than_there_are_is_one_line(monkeypatch, device, fault):
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory
 
-def memory_of_updates(config, rollouts, length, device="cpu", **options):
+def memory_of_updates(config, rollouts, length, device="cpu", train_dtype="float32", **options):
     """(bytes at the peak of two updates, bytes that memory_needed() says): policy, reference and learning.
 
     rollouts: how many, each of a prompt of 8 tokens and a response of `length`. Measured: what no file backs (Linux),
@@ -937,13 +937,16 @@ def memory_of_updates(config, rollouts, length, device="cpu", **options):
             return torch.cuda.max_memory_allocated()
         return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 
-    args = settings(batch=256, questions_per_step=1, group=rollouts, prompt_tokens=8, max_new_tokens=length, **options)
+    args = settings(batch=256, questions_per_step=1, group=rollouts, prompt_tokens=8, max_new_tokens=length,
+                    train_dtype=train_dtype, **options)
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()             # to what is allocated now
     before = anonymous()
-    policy, reference = (Transformer(config).initialize(0).to(device) for _ in range(2))
+    master, reference = (Transformer(config).initialize(0).to(device) for _ in range(2))
+    reference.to(getattr(torch, train_dtype))
+    optimizer, known = adamw(master, 1e-5), torch.ones(config.vocab_size, dtype=torch.bool, device=device)
+    policy = working_copy(master, optimizer, train_dtype)
     policy.checkpointing = args.checkpointing
-    optimizer, known = adamw(policy, 1e-5), torch.ones(config.vocab_size, dtype=torch.bool, device=device)
     written = [Rollout([1] * 8, list(range(length)), [False] * length, [-9.0] * length) for _ in range(rollouts)]
     most, done = 0, threading.Event()
 
@@ -963,11 +966,12 @@ def memory_of_updates(config, rollouts, length, device="cpu", **options):
     return most - before, needed["policy"] + needed["reference"] + needed["learning"]
 
 
-def measure_a_learning_step():
+def measure_a_learning_step(train_dtype):
     """Run in a fresh process: prints measured and expected bytes."""
     small_models()
     config = Config(vocab_size=9000, hidden=192, ffn=512, layers=5, heads=6, kv_heads=2, head_dim=32)
-    print(*memory_of_updates(config, rollouts=8, length=180, micro_tokens=1500, checkpointing=False))
+    print(*memory_of_updates(config, rollouts=8, length=180, train_dtype=train_dtype, micro_tokens=1500,
+                             checkpointing=False))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -990,9 +994,10 @@ def test_on_a_gpu_the_learner_recomputes_what_the_sampler_stored(toy):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its own memory from Linux's /proc")
-def test_the_memory_of_a_learning_step_is_what_the_function_says():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_memory_of_a_learning_step_is_what_the_function_says(dtype):
     """A table of what fits which GPU is worth nothing when nobody has measured it."""
-    code = "import conftest, test_grpo; test_grpo.measure_a_learning_step()"
+    code = f"import conftest, test_grpo; test_grpo.measure_a_learning_step({dtype!r})"
     out = subprocess.run([sys.executable, "-c", code], text=True, cwd=Path(__file__).parent, capture_output=True,
                          timeout=120)
     measured, said = map(int, out.stdout.split())

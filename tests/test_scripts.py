@@ -335,13 +335,15 @@ def test_a_finished_stage_says_so(monkeypatch, capsys, run):
 # ---------------------------------------------------------------------------------------------------------------------
 # The README
 
+README = (HERE / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_readme_names_tests_and_places_that_exist():
     """A list of details that points at a renamed test teaches that nobody checks it."""
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
     tests = "".join(file.read_text(encoding="utf-8") for file in (HERE / "tests").glob("test_*.py"))
-    named = re.findall(r"`(test_\w+)`", readme)
+    named = re.findall(r"`(test_\w+)`", README)
     assert len(named) >= 24 and not [name for name in named if f"def {name}(" not in tests]
-    where = re.findall(r"\| (\w+\.py), ((?:`[\w.]+`(?:, )?)+) \|", readme)
+    where = re.findall(r"\| (\w+\.py), ((?:`[\w.]+`(?:, )?)+) \|", README)
     assert len(where) >= 23
     for file, places in where:
         text = (HERE / file).read_text(encoding="utf-8")
@@ -352,7 +354,7 @@ def test_the_readme_names_tests_and_places_that_exist():
 def test_the_worked_groups_of_the_readme_are_what_the_code_computes():
     """Numbers in a text go stale silently."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")]
-            for line in (HERE / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+            for line in README.splitlines() if line.startswith("|")]
     groups = [i for i, row in enumerate(rows) if row[0].endswith(": reward")]
     assert len(groups) == 2
     for i in groups:
@@ -366,22 +368,20 @@ def test_the_worked_groups_of_the_readme_are_what_the_code_computes():
 
 def test_the_readme_quotes_messages_and_metrics_as_they_are(run):
     """Who searches for a message by its words must find it, and every figure of a step have its meaning."""
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
     code = "".join(file.read_text(encoding="utf-8") for file in HERE.glob("*.py"))
     code = re.sub(r'"\n\s*f?"', "", code)                              # texts that go on in the next line
-    wrong = readme.split("## When something goes wrong")[1].split("\n## ")[0]
+    wrong = README.split("## When something goes wrong")[1].split("\n## ")[0]
     messages = [part.strip() for cell in re.findall(r"^\| (.*?) \|", wrong, re.M)
                 for text in re.findall("`([^`]+ [^`]+)`", cell) for part in text.split("...") if part.strip()]
     assert len(messages) >= 8 and not [text for text in messages if text not in code]
-    metrics = readme.split("## The metrics of GRPO")[1].split("\n## ")[0]
+    metrics = README.split("## The metrics of GRPO")[1].split("\n## ")[0]
     keys = {key for line in (run[0] / "grpo" / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
     assert keys == set(re.findall("`([a-z_]+)`", "".join(re.findall(r"^\| (`.*?) \|", metrics, re.M))))
 
 
 def test_the_exercises_of_the_readme_name_places_that_exist():
     """An exercise in a function that is no longer there cannot be done."""
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    exercises = re.findall(r"^   - (\w+\.py), `([\w.]+)`", readme, re.M)
+    exercises = re.findall(r"^   - (\w+\.py), `([\w.]+)`", README, re.M)
     assert len(exercises) == 7
     for file, place in exercises:
         assert re.search(rf"(def|class) {place.split('.')[-1]}\b", (HERE / file).read_text(encoding="utf-8")), place
@@ -408,9 +408,12 @@ def test_the_memory_and_the_hours_of_the_readme_are_what_the_functions_say():
     """A table of estimates outlives the function that made it."""
     configs = {name: Config(151936, hidden, ffn, layers, heads, kv_heads=8, head_dim=128, tied=tied)
                for name, (hidden, ffn, layers, heads, tied) in QWEN3.items()}
-    args = SimpleNamespace(**REAL | dict(batch=32, max_new_tokens=2000, prompt_tokens=500))
-    lines = re.findall(r"^\| Qwen3-(\S+) / (\S+) \| (.*) \|$", (HERE / "README.md").read_text(encoding="utf-8"), re.M)
+    args = SimpleNamespace(**REAL | dict(batch=32, max_new_tokens=2000, prompt_tokens=500, train_dtype="float32"))
+    lines = re.findall(r"^\| Qwen3-(\S+) / (\S+) \| (.*) \|$", README, re.M)
     assert len(lines) == 4
+    half = SimpleNamespace(**dict(vars(args), train_dtype="bfloat16"))
+    peaks = [memory_needed(configs[small], configs[large], half)["peak"] / 2**30 for small, large, _ in lines]
+    assert "the peaks are {:.1f}, {:.1f}, {:.1f} and {:.1f} GiB".format(*peaks) in README
     for small, large, cells in lines:
         gib = [size / 2**30 for size in memory_needed(configs[small], configs[large], args).values()]
         hours = hours_needed(configs[small], configs[large], args, length=800, rho=0.02)
