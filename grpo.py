@@ -30,9 +30,9 @@ import torch
 from tqdm import tqdm
 
 from model import digest, fingerprint, load, need, progress_bar, read_json, save, write_beside, write_json
-from relay import (Run, WrongArguments, at_least_zero, differing, figures, fill_in, give_back, graded, is_right,
-                   load_pair, machine, means, parser, positive, relay, run_script, show_presets)
-from warmup import (Example, adamw, add_up, apply_gradient, hear_signals, join_processes, learning_rate,
+from relay import (Run, WrongArguments, at_least_zero, differing, figures, fill_in, give_back, graded, hear_signals,
+                   is_right, load_pair, machine, means, parser, positive, relay, run_script, show_presets)
+from warmup import (Example, adamw, add_up, apply_gradient, join_processes, learning_rate,
                     machine_arguments, meet, micro_batches, settings_of, short, start_processes,
                     token_logprobs, training_questions, working_copy, world, write_answers)
 
@@ -361,7 +361,8 @@ def last_checkpoint(out, settings):
         return [], None
     state = read_json(out / "checkpoint.json")
     there, history = state.get("settings"), state.get("history")
-    need(isinstance(there, dict) and isinstance(history, list) and all(isinstance(m, dict) for m in history),
+    need(isinstance(there, dict) and isinstance(history, list)
+         and all(isinstance(m, dict) and m.get("step") == i for i, m in enumerate(history, 1)),
          f"{out / 'checkpoint.json'}: not a checkpoint of this program")
     if difference := differing(there, settings):
         raise ValueError(f"{out}: its checkpoint was made with {difference}; resume with the same settings, or choose "

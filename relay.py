@@ -502,19 +502,18 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists what there is)\n")
 
 
-def positive(kind, or_zero=False, most=math.inf):
-    """An argparse type: a finite number above 0 (or also 0), of at most `most`."""
+def positive(kind, or_zero=False, most=2**53):
+    """An argparse type: a number above 0 (or also 0), of at most `most` (by default what every dtype and seed holds)."""
     def number(text):
         value = kind(text)
-        if not 0 <= value <= most or value == math.inf or value == 0 and not or_zero:
+        if not 0 <= value <= most or value == 0 and not or_zero:
             raise ValueError
         return value
-    kept = f" up to {most}" if most < math.inf else ""
-    number.__name__ = ("number of 0 or more" if or_zero else "positive number") + kept    # argparse prints it
+    number.__name__ = ("number of 0 or more" if or_zero else "positive number") + f" up to {most:g}"   # in its message
     return number
 
 
-def at_least_zero(kind, most=math.inf):
+def at_least_zero(kind, most=2**53):
     return positive(kind, or_zero=True, most=most)
 
 
@@ -683,10 +682,16 @@ def load_pair(slm_path, llm_path, device, dtype, learns=False):
     return slm, llm, tokenizer
 
 
+def hear_signals(handler):
+    """Ctrl-C, and SIGTERM as schedulers send it."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, handler)
+
+
 def run_script(main):
     """Run a script's main(): a user's mistake or bad data ends in one line, never in a traceback."""
     name = Path(sys.argv[0]).name
-    signal.signal(signal.SIGTERM, signal.default_int_handler)        # as schedulers send it: like Ctrl-C
+    hear_signals(signal.default_int_handler)
     with suppress(AttributeError):
         sys.stdout.reconfigure(errors="replace")                     # whatever a model writes can be printed
         sys.stdin.reconfigure(errors="replace")                      # and whatever is piped in be read
@@ -710,6 +715,7 @@ def run_script(main):
     except OSError as error:
         sys.exit(f"{name}: {error.filename or 'file system'}: {error.strerror or error}")
     except KeyboardInterrupt:
+        hear_signals(signal.SIG_IGN)                                 # a second one would interrupt the last words
         sys.exit(f"{name}: stopped; what earlier stages wrote is kept")
     except (MemoryError, RuntimeError) as error:                     # torch has an error of its own for GPUs alone
         if not re.search("MemoryError|out of memory|not enough memory|can't allocate memory", repr(error), re.I):

@@ -40,8 +40,8 @@ from tqdm import tqdm
 
 from data import Tokenizer, load_questions, save_toy_tokenizer, split_of, toy_questions, with_asides
 from model import Grid, Transformer, digest, need, parse_config, progress_bar, read_config, save
-from relay import (Run, WrongArguments, command, entropy, few_rows, fill_in, give_back, graded, load_pair, log_softmax,
-                   machine, parser, positive, relay, run_script, show_presets, small_models)
+from relay import (Run, WrongArguments, command, entropy, few_rows, fill_in, give_back, graded, hear_signals, load_pair,
+                   log_softmax, machine, parser, positive, relay, run_script, show_presets, small_models)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared by stages 1 and 2: data parallel training (skip it on a first reading)
@@ -83,12 +83,6 @@ def start_processes(args):
     if failed and max(failed) < 0:             # else one of them has said why
         sys.exit(f"{Path(sys.argv[0]).name}: a process was killed by signal {-failed[0]} (9: perhaps out of memory)")
     sys.exit(1 if failed else 0)
-
-
-def hear_signals(handler):
-    """Ctrl-C, and SIGTERM as schedulers send it."""
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, handler)
 
 
 def end_with_parent():

@@ -150,13 +150,14 @@ def test_kl_and_the_difference_to_the_sampler_start_at_zero(toy):
     assert sums["kl"] == 0 and sums["difference"] < 1e-5
 
 
-STEPS = [dict(step=1, loss=0.1), dict(step=2, loss=None)]
+STEPS = [dict(step=1, loss=0.1), dict(step=2, loss=None)]    # the metrics of two steps
 
 
 def test_a_checkpoint_with_other_settings_is_refused(toy, tmp_path):
     """A run that goes on with another learning rate is two half runs under one name."""
-    save_checkpoint(tmp_path, STEPS * 2, toy[1], adamw(toy[1], 1e-3), None, dict(lr=1, seed=1))
-    assert last_checkpoint(tmp_path, dict(lr=1, seed=1)) == (STEPS * 2, tmp_path / "checkpoint-4")
+    history = [*STEPS, dict(step=3), dict(step=4)]
+    save_checkpoint(tmp_path, history, toy[1], adamw(toy[1], 1e-3), None, dict(lr=1, seed=1))
+    assert last_checkpoint(tmp_path, dict(lr=1, seed=1)) == (history, tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match="lr 1, not 2"):
         last_checkpoint(tmp_path, dict(lr=2, seed=1))
 
@@ -781,7 +782,8 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(toy, toy_direc
         grpo.load_optimizer(adamw(toy[1], 1e-3), folder / "optimizer.pt")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"settings": {}, "history": 3}', '{"settings": {}, "history": [3]}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"settings": {}, "history": 3}', '{"settings": {}, "history": [3]}',
+                                  '{"settings": {}, "history": [{}]}'])
 def test_a_damaged_or_foreign_checkpoint_is_one_line(tmp_path, text):
     """A traceback tells nobody what to do."""
     (tmp_path / "checkpoint.json").write_text(text)

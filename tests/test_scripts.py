@@ -212,7 +212,7 @@ def test_a_run_json_of_something_else_is_named(monkeypatch, capsys, tmp_path):
     ("grpo", ["--variant", "fixed_4"]), ("grpo", ["--variant", "b", "--temperature", "0"]),
     ("relay", ["why?", "--questions", "q.jsonl"]), ("relay", ["why?", "--device", "nowhere"]),
     ("relay", ["why?", "--top-p", "1.5"]), ("grpo", ["--variant", "b", "--top-p", "0.9"]),
-    ("warmup", ["--top-p", "0.9"])])
+    ("warmup", ["--top-p", "0.9"]), ("warmup", ["--seed", "1" + "0" * 20]), ("grpo", ["--clip-high", "1e300"])])
 def test_arguments_that_do_not_go_together_are_exit_code_2(monkeypatch, capsys, run, name, flags):
     """32 equal greedy answers cost a day; a fault that each process reports is a page."""
     code, text = fails(monkeypatch, capsys, name, "--run", run[0], *flags)
