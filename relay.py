@@ -133,8 +133,8 @@ def sample(logprobs, uniforms, temperature=1.0, top_p=1.0):
 
 def few_rows(logits, *others):
     """Slices of logits (B, V) and of others (B, ...): on a CPU of so few rows that its cache holds what comes of it."""
-    size = max(1, SLICE // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
-    return zip(*(x.split(size) for x in (logits, *others)))
+    size = SLICE // logits.shape[-1] if logits.device.type == "cpu" else len(logits)
+    return zip(*(x.split(max(1, size)) for x in (logits, *others)))
 
 
 def entropy(logprobs):

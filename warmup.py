@@ -7,9 +7,10 @@ way", has the exceptions).
 
     loss = - mean over answer tokens of log p(token | all before it)
 
-With no --slm and --llm the pair is the toy's, and stage 0 trains it here from scratch, one process for each model. What
-the stages share stands first: several processes that train one model, questions and answers, log-probabilities of
-chosen tokens, micro-batches, one optimizer step. On a first reading take Example to supervise() of it, then stage 1.
+With no --slm and --llm the pair is the toy's, and stage 0 trains it here from scratch, one process for each model. How a
+model learns, in all stages, stands first: batches, log-probabilities of chosen tokens, one optimizer step. What else
+stages 1 and 2 share stands behind them: settings, questions and answers, and several processes that train one model.
+(With one process, as one may read it at first, world() is (0, 1), meet(x) is [x] and add_up(x) is x.)
 
 Left out: a choice among the answers (without the wrong ones what the SLM writes would shift), adapters such as LoRA,
 and one model spread over several GPUs (each process holds both models whole).
@@ -43,162 +44,9 @@ from model import Grid, Transformer, digest, need, parse_config, progress_bar, r
 from relay import (Run, WrongArguments, command, entropy, few_rows, fill_in, give_back, graded, hear_signals, load_pair,
                    log_softmax, machine, parser, positive, relay, run_script, show_presets, small_models)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Shared by stages 1 and 2: data parallel training (skip it on a first reading)
-#
-# N processes run the same script; each holds both models and takes an N-th of the questions. What they have in common
-# (seeds, order, settings) each computes for itself, so little is sent: rows of metrics, roll-outs where all need all,
-# and the gradient. With one process world() is (0, 1), meet(x) is [x] and add_up(x) is x: read them so at first.
-
-
-def world():
-    """(rank of this process, number of processes), from the environment that torchrun or start_processes() sets."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def start_processes(args):
-    """--gpus N: run this command line in N processes, one per GPU, and exit with them; in each of them just return.
-
-    If one fails the others are stopped: they would wait for it for ever.
-    """
-    n, there = args.gpus, torch.cuda.device_count()
-    if n == 1 or "RANK" in os.environ:
-        return
-    need(args.device != "auto" or there == 0 or there >= n, f"--gpus {n}: this machine has {there}", WrongArguments)
-    need(args.device in ("auto", "cpu"), f"--gpus {n} takes CUDA's GPUs in order; leave out --device {args.device}",
-         WrongArguments)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    shared = dict(os.environ, WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))    # else each takes all cores
-    children = [subprocess.Popen([sys.executable, *sys.argv], env=dict(shared, RANK=str(i), LOCAL_RANK=str(i)))
-                for i in range(n)]
-    hear_signals(lambda *_: [child.terminate() for child in children])
-    while None in (codes := [child.poll() for child in children]) and not any(codes):
-        time.sleep(0.1)
-    for child in children:
-        child.kill()                           # does nothing to one that has ended
-        child.wait()
-    failed = [code for code in codes if code]
-    if failed and max(failed) < 0:             # else one of them has said why
-        sys.exit(f"{Path(sys.argv[0]).name}: a process was killed by signal {-failed[0]} (9: perhaps out of memory)")
-    sys.exit(1 if failed else 0)
-
-
-def end_with_parent():
-    """From now on this process ends when the one that started it does: one that is killed could not end it itself."""
-    parent = os.getppid()
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.1)
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def join_processes(device):
-    """Meet the other processes. Returns whether this is the first one: only that one prints, and writes files."""
-    rank, size = world()
-    if device == "cpu" and rank == 0:
-        print(f"no GPU is used: running on the CPU, {size} {'process' if size == 1 else 'processes'}")
-    if size > 1:
-        end_with_parent()                      # else it would go on to write into a run that has been resumed
-        if device.startswith("cuda"):
-            torch.cuda.set_device(device)      # meet() sends over the current device
-        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=7))
-        if rank > 0:
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    return rank == 0
-
-
-def meet(brought=None):
-    """Wait until all processes are here. Returns what each of them brought, by rank."""
-    everything = [brought] * world()[1]
-    if len(everything) > 1:
-        distributed.all_gather_object(everything, brought)
-    return everything
-
-
-def add_up(values):
-    """A number, or lists of numbers, each summed over all processes."""
-    return torch.tensor(meet(values), dtype=torch.float64).sum(dim=0).tolist()
-
-
-def machine_arguments(p):
-    """The flags of both training stages that say how, not what (though of the two dtypes each has its own rounding)."""
-    p = p.add_argument_group("training on this machine")
-    p.add_argument("--gpus", type=positive(int), default=1, help="processes, one per GPU (1); or start with torchrun")
-    p.add_argument("--micro-tokens", type=positive(int), help="tokens that pass the model at once")
-    p.add_argument("--checkpointing", action=argparse.BooleanOptionalAction,
-                   help="compute layers again in the backward pass: slower, smaller")
-    p.add_argument("--train-dtype", choices=["float32", "bfloat16"], default="float32",
-                   help="in which the model that learns, and its reference, compute; its own weights, and the "
-                        "optimizer's, are in float32 (float32)")
-
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Shared by stages 1 and 2: settings, questions, answers (skip it on a first reading)
-
-def settings_of(args, questions):
-    """What run.json keeps of a stage's arguments: all that can change its result, and a hash of its questions."""
-    how = ("run", "resume", "gpus", "device", "batch", "micro_tokens", "checkpointing", "save_every", "check",
-           "eval_every", "eval_questions")
-    given = {k: place(v, args.run) if isinstance(v, Path) else v
-             for k, v in vars(args).items() if k not in how and v is not None}
-    return dict(question_texts=digest([q.text for q in questions])[:12]) | given
-
-
-def place(path, run):
-    """Where something lies: relative to the run's if inside it, so that the run can be moved, else absolute."""
-    path, run = path.resolve(), run.resolve()
-    return str(path.relative_to(run) if path.is_relative_to(run) else path)
-
-
-def write_answers(slm, llm, tokenizer, questions, args, label, keep=lambda question, rollout: rollout, numbers=None,
-                  **options):
-    """relay() over questions with the script's settings and a progress bar; each process writes its share.
-
-    Returns what keep(question, rollout) makes of each; only that is sent to the other processes. Question i draws its
-    random numbers by the seed (args.seed, numbers[i]) (default: i).
-    """
-    (rank, size), n = world(), len(questions)
-    mine, numbers = range(rank * n // size, (rank + 1) * n // size), numbers or range(n)
-    with progress_bar(total=len(mine), desc=label, unit="answer", leave=label not in ("check", "filter")) as bar:
-        options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, batch=args.batch,
-                       seed=[(args.seed, numbers[i]) for i in mine], on_end=lambda *_: bar.update()) | options
-        rollouts = relay(slm, llm, tokenizer, [tokenizer.chat(questions[i].text) for i in mine], **options)
-    return sum(meet([keep(questions[i], rollout) for i, rollout in zip(mine, rollouts)]), [])
-
-
-def training_questions(args, toy, stage, count, checks):
-    """(questions to train on, held-out ones for checks): disjoint by a hash of their text, for every seed.
-
-    They are read before the models, so that a wrong file is found at once.
-    """
-    rng, count = random.Random(f"{stage} {args.seed}"), min(count, args.limit or count)
-    need(args.questions or toy, "real models need --questions FILE", WrongArguments)
-    if args.questions is None:
-        pool, held_out = toy_questions("train", rng, unseen=False), toy_questions("held_out", rng)
-    else:
-        questions = load_questions(args.questions, args.limit)
-        rng.shuffle(questions)
-        pool, held_out = ([q for q in questions if (split_of(q.text) == "held_out") == held] for held in (False, True))
-        need(pool, f"{args.questions}: nothing is left to train on (a tenth is held out by a hash of the text)")
-    return list(itertools.islice(pool, count)), list(itertools.islice(held_out, checks))
-
-
-def short(questions, tokenizer, slm, llm, most=4096):
-    """Those with a prompt of at most `most` tokens (the paper's) that leaves room for a response in both contexts."""
-    most = min(most, slm.config.context - 1, llm.config.context - 1)
-    kept = [q for q in questions if len(tokenizer.chat(q.text)) <= most]
-    if longer := len(questions) - len(kept):
-        print(f"left out: {longer} of {len(questions)} questions, whose prompts have over {most} tokens")
-        need(kept, "no question is left; give shorter ones, or models with a longer context")
-    return kept
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shared by all stages: log-probabilities, batches, one optimizer step
+# Learning, in all stages: log-probabilities, batches, one optimizer step
 
 @dataclass
 class Example:
@@ -254,44 +102,44 @@ HEAD = 2**26      # logits in memory at once: 256 MiB in float32
 
 
 class ChosenLogprobs(torch.autograd.Function):
-    """(logits (n, V), targets (n,)) to the targets' log-probabilities, (n,), and, if asked for, the entropies, (n,).
+    """From logits (n, V) the log-probabilities of targets (n,), and with entropies=True the entropies, both (n,).
 
     d log p(target) / d logit j = ([j = target] - p(j)) / temperature. Left to autograd several more tensors of the
     logits' size would be kept, and read from memory again and again; here a few rows at a time are computed in the
-    CPU's cache, and the gradient is written over the logits, which are nobody else's.
+    CPU's cache, and the gradient is written over the logits, which nobody else may need.
     """
 
     @staticmethod
     def forward(ctx, logits, targets, known, temperature, entropies):
         ctx.save_for_backward(logits, targets, known)
-        ctx.temperature, chosen, spread = temperature, [], []
+        ctx.temperature, out, spread = temperature, [], []
         for part, target in few_rows(logits, targets):
             logprobs = log_softmax(part, known, temperature)
-            chosen.append(logprobs.gather(-1, target[:, None])[:, 0])
-            spread += [entropy(logprobs)] if entropies else []
-        spread = torch.cat(spread) if entropies else None
-        ctx.mark_non_differentiable(*[spread] * entropies)
-        return torch.cat(chosen), spread
+            out.append(logprobs.gather(-1, target[:, None])[:, 0])
+            spread.append(entropy(logprobs) if entropies else logprobs.new_empty(0))
+        spread = torch.cat(spread)
+        ctx.mark_non_differentiable(spread)
+        return torch.cat(out), spread
 
     @staticmethod
     def backward(ctx, slopes, _):
         logits, targets, known = ctx.saved_tensors
         for part, target, slope in few_rows(logits, targets, slopes):
             logprobs = log_softmax(part, known, ctx.temperature)
-            chosen = torch.zeros_like(logprobs).scatter_(-1, target[:, None], slope[:, None])
-            part[:, len(known):] = 0
-            part[:, :len(known)] = torch._log_softmax_backward_data(chosen, logprobs, -1, logprobs.dtype).div_(
-                ctx.temperature)               # of log_softmax(): chosen - exp(logprobs) * sum of chosen
+            slopes_out = torch.zeros_like(logprobs).scatter_(-1, target[:, None], slope[:, None])
+            slopes_in = torch._log_softmax_backward_data(slopes_out, logprobs, -1, logprobs.dtype)   # out - p sum(out)
+            part[:, :len(known)] = slopes_in.div_(ctx.temperature)
+            part[:, len(known):] = 0           # ids that the tokenizer lacks
         return logits, None, None, None, None
 
 
-def token_logprobs(model, examples, known, temperature=1.0, entropies=False, chunk=None):
+def token_logprobs(model, examples, known, temperature=1.0, entropies=False):
     """Log-probabilities of all learned tokens, (n,), example by example; with entropies=True the entropies there, too,
-    (n,) without a gradient, else None.
+    (n,) without a gradient, else an empty tensor.
 
-    Only the positions that predict a learned token pass the output head, `chunk` at a time (default: HEAD logits).
-    Where there are several chunks, each one's logits are computed again in the backward pass: with a vocabulary of 152k
-    a batch's would not fit.
+    Only the positions that predict a learned token pass the output head, HEAD logits at a time. Where there are several
+    such chunks, each one's logits are computed again in the backward pass: with a vocabulary of 152k a batch's would
+    not fit.
     """
     tokens, grid, at, targets = pack(examples, model.embed.weight.device)
     hidden = F.embedding(at, model.hidden_states(tokens, grid=grid))           # (n, hidden)
@@ -299,10 +147,10 @@ def token_logprobs(model, examples, known, temperature=1.0, entropies=False, chu
     def head(hidden, targets):
         return ChosenLogprobs.apply(model.logits(hidden), targets, known, temperature, entropies)
 
-    chunk = chunk or max(1, HEAD // model.config.vocab_size)
-    parts = list(zip(hidden.split(chunk), targets.split(chunk)))
-    parts = [head(*part) if len(parts) == 1 else checkpoint(head, *part, use_reentrant=False) for part in parts]
-    return torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts]) if entropies else None
+    size = max(1, HEAD // model.config.vocab_size)
+    chunks = list(zip(hidden.split(size), targets.split(size)))
+    parts = [head(*c) if len(chunks) == 1 else checkpoint(head, *c, use_reentrant=False) for c in chunks]
+    return tuple(map(torch.cat, zip(*parts)))
 
 
 def adamw(model, lr):
@@ -490,6 +338,163 @@ def warm_up(model, optimizer, tokenizer, rollouts, args):
     supervise(model, optimizer, tokenizer, batches(), steps, args.lr, max(1, 0.03 * steps), args.micro_tokens,
               "warm-up")
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes that train one model (skip it on a first reading)
+#
+# N processes run the same script; each holds both models and takes an N-th of the questions. What they have in common
+# (seeds, order, settings) each computes for itself, so little is sent: rows of metrics, roll-outs where all need all,
+# and the gradient.
+
+
+def world():
+    """(rank of this process, number of processes), from the environment that torchrun or start_processes() sets."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_processes(args):
+    """--gpus N: run this command line in N processes, one per GPU, and exit with them; in each of them just return.
+
+    If one fails the others are stopped: they would wait for it for ever.
+    """
+    n, there = args.gpus, torch.cuda.device_count()
+    if n == 1 or "RANK" in os.environ:
+        return
+    need(args.device != "auto" or there == 0 or there >= n, f"--gpus {n}: this machine has {there}", WrongArguments)
+    need(args.device in ("auto", "cpu"), f"--gpus {n} takes CUDA's GPUs in order; leave out --device {args.device}",
+         WrongArguments)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    shared = dict(os.environ, WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))    # else each takes all cores
+    children = [subprocess.Popen([sys.executable, *sys.argv], env=dict(shared, RANK=str(i), LOCAL_RANK=str(i)))
+                for i in range(n)]
+    hear_signals(lambda *_: [child.terminate() for child in children])
+    while None in (codes := [child.poll() for child in children]) and not any(codes):
+        time.sleep(0.1)
+    for child in children:
+        child.kill()                           # does nothing to one that has ended
+        child.wait()
+    failed = [code for code in codes if code]
+    if failed and max(failed) < 0:             # else one of them has said why
+        sys.exit(f"{Path(sys.argv[0]).name}: a process was killed by signal {-failed[0]} (9: perhaps out of memory)")
+    sys.exit(1 if failed else 0)
+
+
+def end_with_parent():
+    """From now on this process ends when the one that started it does: one that is killed could not end it itself."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def join_processes(device):
+    """Meet the other processes. Returns whether this is the first one: only that one prints, and writes files."""
+    rank, size = world()
+    if device == "cpu" and rank == 0:
+        print(f"no GPU is used: running on the CPU, {size} {'process' if size == 1 else 'processes'}")
+    if size > 1:
+        end_with_parent()                      # else it would go on to write into a run that has been resumed
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)      # meet() sends over the current device
+        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=7))
+        if rank > 0:
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    return rank == 0
+
+
+def meet(brought=None):
+    """Wait until all processes are here. Returns what each of them brought, by rank."""
+    everything = [brought] * world()[1]
+    if len(everything) > 1:
+        distributed.all_gather_object(everything, brought)
+    return everything
+
+
+def add_up(values):
+    """A number, or lists of numbers, each summed over all processes."""
+    return torch.tensor(meet(values), dtype=torch.float64).sum(dim=0).tolist()
+
+
+def machine_arguments(p):
+    """The flags of both training stages that say how, not what (though of the two dtypes each has its own rounding)."""
+    p = p.add_argument_group("training on this machine")
+    p.add_argument("--gpus", type=positive(int), default=1, help="processes, one per GPU (1); or start with torchrun")
+    p.add_argument("--micro-tokens", type=positive(int), help="tokens that pass the model at once")
+    p.add_argument("--checkpointing", action=argparse.BooleanOptionalAction,
+                   help="compute layers again in the backward pass: slower, smaller")
+    p.add_argument("--train-dtype", choices=["float32", "bfloat16"], default="float32",
+                   help="in which the model that learns, and its reference, compute; its own weights, and the "
+                        "optimizer's, are in float32 (float32)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings, questions, answers of stages 1 and 2 (skip it on a first reading)
+
+def settings_of(args, questions):
+    """What run.json keeps of a stage's arguments: all that can change its result, and a hash of its questions."""
+    how = ("run", "resume", "gpus", "device", "batch", "micro_tokens", "checkpointing", "save_every", "check",
+           "eval_every", "eval_questions")
+    given = {k: place(v, args.run) if isinstance(v, Path) else v
+             for k, v in vars(args).items() if k not in how and v is not None}
+    return dict(question_texts=digest([q.text for q in questions])[:12]) | given
+
+
+def place(path, run):
+    """Where something lies: relative to the run's if inside it, so that the run can be moved, else absolute."""
+    path, run = path.resolve(), run.resolve()
+    return str(path.relative_to(run) if path.is_relative_to(run) else path)
+
+
+def write_answers(slm, llm, tokenizer, questions, args, label, keep=lambda question, rollout: rollout, numbers=None,
+                  **options):
+    """relay() over questions with the script's settings and a progress bar; each process writes its share.
+
+    Returns what keep(question, rollout) makes of each; only that is sent to the other processes. Question i draws its
+    random numbers by the seed (args.seed, numbers[i]) (default: i).
+    """
+    (rank, size), n = world(), len(questions)
+    mine, numbers = range(rank * n // size, (rank + 1) * n // size), numbers or range(n)
+    with progress_bar(total=len(mine), desc=label, unit="answer", leave=label not in ("check", "filter")) as bar:
+        options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, batch=args.batch,
+                       seed=[(args.seed, numbers[i]) for i in mine], on_end=lambda *_: bar.update()) | options
+        rollouts = relay(slm, llm, tokenizer, [tokenizer.chat(questions[i].text) for i in mine], **options)
+    return sum(meet([keep(questions[i], rollout) for i, rollout in zip(mine, rollouts)]), [])
+
+
+def training_questions(args, toy, stage, count, checks):
+    """(questions to train on, held-out ones for checks): disjoint by a hash of their text, for every seed.
+
+    They are read before the models, so that a wrong file is found at once.
+    """
+    rng, count = random.Random(f"{stage} {args.seed}"), min(count, args.limit or count)
+    need(args.questions or toy, "real models need --questions FILE", WrongArguments)
+    if args.questions is None:
+        pool, held_out = toy_questions("train", rng, unseen=False), toy_questions("held_out", rng)
+    else:
+        questions = load_questions(args.questions, args.limit)
+        rng.shuffle(questions)
+        pool, held_out = ([q for q in questions if (split_of(q.text) == "held_out") == held] for held in (False, True))
+        need(pool, f"{args.questions}: nothing is left to train on (a tenth is held out by a hash of the text)")
+    return list(itertools.islice(pool, count)), list(itertools.islice(held_out, checks))
+
+
+def short(questions, tokenizer, slm, llm, most=4096):
+    """Those with a prompt of at most `most` tokens (the paper's) that leaves room for a response in both contexts."""
+    most = min(most, slm.config.context - 1, llm.config.context - 1)
+    kept = [q for q in questions if len(tokenizer.chat(q.text)) <= most]
+    if longer := len(questions) - len(kept):
+        print(f"left out: {longer} of {len(questions)} questions, whose prompts have over {most} tokens")
+        need(kept, "no question is left; give shorter ones, or models with a longer context")
+    return kept
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script
 
 # In REAL, epochs is the paper's, lr and batch_size are in its ranges (5e-6 to 2e-5, 8 to 32), and max_n is its largest
 # d * 10^k. The ramp in warm_up(), 3% of the steps, is the paper's, too. The other figures are ours.

@@ -135,11 +135,12 @@ def naive(model, examples, known, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probabilities_and_gradients_are_those_of_a_plain_softmax(chunk, temperature, tied, monkeypatch):
     """Off by one position, padding that leaks in, padded ids with probability, or a chunk whose gradient is lost."""
-    monkeypatch.setattr(relay, "SLICE", 3 * 37)                    # three rows, three rows, one
+    monkeypatch.setattr(warmup, "HEAD", chunk * 37)
+    monkeypatch.setattr(relay, "SLICE", 3 * 37)                    # of a chunk of 7: three rows, three rows, one
     model, examples = small(tied=tied), ragged([9, 2, 14, 5])
     weight = torch.linspace(-1, 2, sum(sum(e.learn) for e in examples), dtype=torch.float64)
     results = []
-    for logprobs in (token_logprobs(model, examples, KNOWN, temperature, chunk=chunk)[0],
+    for logprobs in (token_logprobs(model, examples, KNOWN, temperature)[0],
                      naive(model, examples, KNOWN, temperature)):
         model.zero_grad()
         (logprobs * weight).sum().backward()
@@ -173,10 +174,11 @@ def test_the_roll_outs_of_a_prompt_stay_together():
     assert [sorted({examples[i].tokens[0] for i in batch}) for batch in micro_batches(examples, 39)] == [[1], [2], [3]]
 
 
-def test_entropies_are_those_of_the_distribution_at_each_learned_token():
+def test_entropies_are_those_of_the_distribution_at_each_learned_token(monkeypatch):
     """0 * -inf of an id that nobody has is NaN; and the entropy must carry no gradient."""
+    monkeypatch.setattr(warmup, "HEAD", 3 * 37)
     model, examples = small(), ragged([6, 10])
-    _, entropies = token_logprobs(model, examples, KNOWN, entropies=True, chunk=3)
+    _, entropies = token_logprobs(model, examples, KNOWN, entropies=True)
     expected = []
     for e in examples:
         probs = model(torch.tensor([e.tokens]))[0, :-1, :len(KNOWN)].masked_fill(~KNOWN, -torch.inf).softmax(-1)
