@@ -39,9 +39,9 @@ from contextlib import suppress
 import numpy as np
 
 from data import load_questions, split_of, toy_questions
-from model import digest, fingerprint, load, need, progress_bar, write_beside, write_json
+from model import digest, fingerprint, load, need, write_beside, write_json
 from relay import (Call, Rollout, Run, WrongArguments, command, figures, fill_in, is_right, load_pair, machine, means,
-                   parser, plain_text, positive, relay, run_script, show_presets)
+                   parser, plain_text, positive, relay, run_script, show_presets, token_bar)
 
 TOY = dict(temperature=0.7, max_new_tokens=96, limit=1000, fixed=[1, 4, 9])
 REAL = dict(temperature=0.0, max_new_tokens=8192, fixed=[20, 100, 500])
@@ -81,7 +81,7 @@ class Answers:
         keys = [digest([settings, (args.seed, n), prompt]) for n, prompt in enumerate(prompts)]
         missing = [n for n, key in enumerate(keys) if key not in self.records]
         last = time.perf_counter()
-        with (progress_bar(total=len(keys), initial=len(keys) - len(missing), desc=method, unit="answer") as bar,
+        with (token_bar(method, len(missing), args.max_new_tokens) as (on_token, on_end),
               open(self.path, "a", encoding="utf-8") as file):
 
             def keep(i, r):
@@ -90,10 +90,10 @@ class Answers:
                 self.records[keys[n]] = dict(key=keys[n], method=method, index=n, tokens=r.tokens, calls=r.calls,
                                              end=r.end, cost=r.cost, seconds=last - before)
                 print(json.dumps(self.records[keys[n]]), file=file, flush=True)
-                bar.update()
+                on_end(i, r)
 
-            relay(writer, helper, tokenizer, [prompts[n] for n in missing], on_end=keep, batch=args.batch,
-                  seed=[(args.seed, n) for n in missing], **options)
+            relay(writer, helper, tokenizer, [prompts[n] for n in missing], on_token=on_token, on_end=keep,
+                  batch=args.batch, seed=[(args.seed, n) for n in missing], **options)
         rollouts, records = [], [self.records[key] for key in keys]
         for record, prompt in zip(records, prompts):
             by_llm, calls = [False] * len(record["tokens"]), [Call(*call) for call in record["calls"]]
@@ -101,6 +101,76 @@ class Answers:
                 by_llm[call.position:call.position + call.delivered] = [True] * call.delivered
             rollouts.append(Rollout(prompt, record["tokens"], by_llm, [], calls, record["end"], record["cost"]))
         return rollouts, sum(record["seconds"] for record in records)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rows: what each method asks of the models
+
+class Table:
+    """The rows of results.json as they come about: each method answers the same questions."""
+
+    def __init__(self, paths, device, dtype, questions, answers, args):
+        """paths: {name: model directory}, at least slm and llm."""
+        self.questions, self.answers, self.args = questions, answers, args
+        self.load = lambda name: load(paths[name], device, dtype)
+        self.mark = functools.cache(lambda name: fingerprint(paths[name]))
+        slm, llm, self.tokenizer = load_pair(paths["slm"], paths["llm"], device, dtype)
+        self.models = dict(slm=slm, llm=llm)                   # any other is loaded for each of its rows
+        self.rows, self.right, self.pairs = {}, {}, {}         # of each method; right: a share for each question,
+                                                               # pairs: (question, roll-out) of each answer
+
+    def ask(self, method, writer, helper=None, questions=None, **options):
+        """Ask all questions. Returns the method's row; without `questions` of its own it also goes into the table."""
+        args = self.args
+        repeat = 1 if questions else args.repeat
+        asked = [q for q in questions or self.questions for _ in range(repeat)]            # one for each answer
+        models = self.models.get(writer) or self.load(writer), self.models.get(helper)
+        marks = [self.mark(name) if name else None for name in (writer, helper)]
+        rollouts, seconds = self.answers.write(method, *models, marks, self.tokenizer, asked, args, **options)
+        if method == "llm":
+            for r in rollouts:
+                r.by_llm = [True] * len(r.tokens)
+        hits = [is_right(q, r, self.tokenizer) for q, r in zip(asked, rollouts)]
+        by_kind = {}
+        for kind in sorted({q.kind for q in asked if q.kind}):
+            chosen = [(hit, r) for q, hit, r in zip(asked, hits, rollouts) if q.kind == kind]
+            by_kind[kind] = dict(questions=len(chosen) // repeat, **means(figures(*zip(*chosen))))
+        # relay() counts the writer's tokens under slm_..., also where the LLM writes alone
+        size = {who: sum(p.numel() for p in model.parameters()) for who, model in zip(("slm", "llm"), models) if model}
+        ran = sum(n * size.get(what[:3], 0) for r in rollouts for what, n in r.cost.items())     # what: "llm_decode"...
+        right = np.reshape(hits, (-1, repeat)).mean(axis=1)
+        row = dict(method=method, questions=len(right), **means(figures(hits, rollouts)), ci95=interval(right),
+                   seed=args.seed, temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
+                   repeat=repeat, parameters_a_token=ran / max(1, sum(len(r.tokens) for r in rollouts)),
+                   seconds=seconds, by_kind=by_kind)
+        if questions is None:
+            self.rows[method], self.right[method], self.pairs[method] = row, right, list(zip(asked, rollouts))
+        return row
+
+    def ask_all(self, variants):
+        """Every row that --rows asks for and that needs no fitting: the token router's does, see route()."""
+        rows = self.args.rows
+        self.ask("slm", "slm")
+        if "warmup" in rows:
+            self.ask("warmup", "warmup", "llm")
+        self.ask("relay", "relay", "llm")
+        if "relay_no_teacher" in rows:
+            self.ask("relay_no_teacher", "relay", no_calls=True)
+        self.ask("llm", "llm")
+        for n in self.args.fixed if "fixed" in rows else ():
+            self.ask(f"fixed_{n}", "relay", "llm", fixed=n)
+        for name, stage in variants.items():
+            self.ask(name, name, None if stage.get("no_teacher") else "llm")
+
+    def route(self, others):
+        """The token router. Its threshold, fitted on other questions: the cheapest at which it is as accurate as the
+        relay there, or the most accurate one. Returns its row for each threshold."""
+        sweep = {t: self.ask("token_router", "slm", "llm", others, router=(t, t)) for t in THRESHOLDS}
+        aim = self.ask("relay", "relay", "llm", others)["accuracy"]
+        enough = [t for t in sweep if sweep[t]["accuracy"] >= aim]
+        best = min(enough, key=lambda t: sweep[t]["rho"]) if enough else max(sweep, key=lambda t: sweep[t]["accuracy"])
+        self.ask("token_router", "slm", "llm", router=(best, best))["threshold"] = best
+        return sweep
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,8 +223,20 @@ def where_calls_happen(answers, tokenizer):
     return {what: dict(counter.most_common(10)) for what, counter in counts.items()}
 
 
+def analyse(table, sweep, toy):
+    """analysis.json: the relay's paired differences, where it calls, the token router's sweep, the toy's bound."""
+    rows, right = table.rows, table.right
+    gains = {name: right["relay"] - right[name] for name in right if name != "relay"}
+    return dict(relay_minus={name: dict(accuracy=float(gain.mean()), ci95=interval(gain),
+                                        rho=rows["relay"]["rho"] - rows[name]["rho"])
+                             for name, gain in gains.items()},
+                calls=where_calls_happen(table.pairs["relay"], table.tokenizer),
+                token_router={str(t): dict(accuracy=row["accuracy"], rho=row["rho"]) for t, row in sweep.items()},
+                **dict(bound_rho=bound(table.questions, table.tokenizer)) if toy else {})
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# The table
+# The table, in text
 
 HEADER = ("method                    accuracy  95% interval         rho called     n  length    cut     parameters"
           "     time")
@@ -291,85 +373,6 @@ def find_variants(args, run, slm):
             print(f"{name} is missing; make it, with what other flags grpo had: {run.command_line('grpo.py')} "
                   f"--variant {name} {same} {flags.format(slm=slm)}")
     return {name: stage for name, stage in there.items() if args.all or name in args.rows}
-
-
-class Table:
-    """The rows of results.json as they come about: each method answers the same questions."""
-
-    def __init__(self, paths, device, dtype, questions, answers, args):
-        """paths: {name: model directory}, at least slm and llm."""
-        self.questions, self.answers, self.args = questions, answers, args
-        self.load = lambda name: load(paths[name], device, dtype)
-        self.mark = functools.cache(lambda name: fingerprint(paths[name]))
-        slm, llm, self.tokenizer = load_pair(paths["slm"], paths["llm"], device, dtype)
-        self.models = dict(slm=slm, llm=llm)                   # any other is loaded for each of its rows
-        self.rows, self.right, self.pairs = {}, {}, {}         # of each method; right: a share for each question,
-                                                               # pairs: (question, roll-out) of each answer
-
-    def ask(self, method, writer, helper=None, questions=None, **options):
-        """Ask all questions. Returns the method's row; without `questions` of its own it also goes into the table."""
-        args = self.args
-        repeat = 1 if questions else args.repeat
-        asked = [q for q in questions or self.questions for _ in range(repeat)]            # one for each answer
-        models = self.models.get(writer) or self.load(writer), self.models.get(helper)
-        marks = [self.mark(name) if name else None for name in (writer, helper)]
-        rollouts, seconds = self.answers.write(method, *models, marks, self.tokenizer, asked, args, **options)
-        if method == "llm":
-            for r in rollouts:
-                r.by_llm = [True] * len(r.tokens)
-        hits = [is_right(q, r, self.tokenizer) for q, r in zip(asked, rollouts)]
-        by_kind = {}
-        for kind in sorted({q.kind for q in asked if q.kind}):
-            chosen = [(hit, r) for q, hit, r in zip(asked, hits, rollouts) if q.kind == kind]
-            by_kind[kind] = dict(questions=len(chosen) // repeat, **means(figures(*zip(*chosen))))
-        # relay() counts the writer's tokens under slm_..., also where the LLM writes alone
-        size = {who: sum(p.numel() for p in model.parameters()) for who, model in zip(("slm", "llm"), models) if model}
-        ran = sum(n * size.get(what[:3], 0) for r in rollouts for what, n in r.cost.items())     # what: "llm_decode"...
-        right = np.reshape(hits, (-1, repeat)).mean(axis=1)
-        row = dict(method=method, questions=len(right), **means(figures(hits, rollouts)), ci95=interval(right),
-                   seed=args.seed, temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
-                   repeat=repeat, parameters_a_token=ran / max(1, sum(len(r.tokens) for r in rollouts)),
-                   seconds=seconds, by_kind=by_kind)
-        if questions is None:
-            self.rows[method], self.right[method], self.pairs[method] = row, right, list(zip(asked, rollouts))
-        return row
-
-    def ask_all(self, variants):
-        """Every row that --rows asks for and that needs no fitting: the token router's does, see route()."""
-        rows = self.args.rows
-        self.ask("slm", "slm")
-        if "warmup" in rows:
-            self.ask("warmup", "warmup", "llm")
-        self.ask("relay", "relay", "llm")
-        if "relay_no_teacher" in rows:
-            self.ask("relay_no_teacher", "relay", no_calls=True)
-        self.ask("llm", "llm")
-        for n in self.args.fixed if "fixed" in rows else ():
-            self.ask(f"fixed_{n}", "relay", "llm", fixed=n)
-        for name, stage in variants.items():
-            self.ask(name, name, None if stage.get("no_teacher") else "llm")
-
-    def route(self, others):
-        """The token router. Its threshold, fitted on other questions: the cheapest at which it is as accurate as the
-        relay there, or the most accurate one. Returns its row for each threshold."""
-        sweep = {t: self.ask("token_router", "slm", "llm", others, router=(t, t)) for t in THRESHOLDS}
-        aim = self.ask("relay", "relay", "llm", others)["accuracy"]
-        enough = [t for t in sweep if sweep[t]["accuracy"] >= aim]
-        best = min(enough, key=lambda t: sweep[t]["rho"]) if enough else max(sweep, key=lambda t: sweep[t]["accuracy"])
-        self.ask("token_router", "slm", "llm", router=(best, best))["threshold"] = best
-        return sweep
-
-
-def analyse(table, sweep, toy):
-    """analysis.json: the relay's paired differences, where it calls, the token router's sweep, the toy's bound."""
-    rows, right = table.rows, table.right
-    gains = {name: right["relay"] - right[name] for name in right if name != "relay"}
-    return dict(relay_minus={name: dict(accuracy=float(gain.mean()), ci95=interval(gain),
-                                        rho=rows["relay"]["rho"] - rows[name]["rho"])
-                             for name, gain in gains.items()},
-                calls=where_calls_happen(table.pairs["relay"], table.tokenizer),
-                token_router={str(t): dict(accuracy=row["accuracy"], rho=row["rho"]) for t, row in sweep.items()},
-                **dict(bound_rho=bound(table.questions, table.tokenizer)) if toy else {})
 
 
 def main():

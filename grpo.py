@@ -5,8 +5,10 @@ its group (no value network), and the tokens that the SLM sampled become more or
 
     A = (r - mean of the group) / (std of the group + 1e-6)                        GRPO, arXiv 2402.03300, section 4.1
     loss = mean over tokens of  max(-A ratio, -A clip(ratio)) + 0.01 KL(policy, warmed-up model)
-           ratio = exp(log p - log p when it was sampled); the max is at most 3 |A| where A < 0, so that one token
-           whose ratio has exploded cannot decide; the KL is estimated from the sampled token alone: see k3()
+           ratio = exp(log p - log p when it was sampled)
+
+(Where A < 0 the max is at most 3 |A|, so that one token whose ratio has exploded cannot decide. The KL is estimated
+from the sampled token alone: see k3().)
 
 What is RelayLLM's own is the reward (arXiv 2601.05167, section 4.2). It asks what the group shows about the question:
 can the SLM do it alone, only with help, or not at all? If it can, not calling pays; if not, calling pays; in a right
@@ -89,7 +91,7 @@ def policy_loss(logprobs, old_logprobs, advantages, low=0.2, high=0.3, dual=3.0)
 
 def k3(logprobs, ref_logprobs):
     """KL(policy || reference) of each sampled token: exp(d) - d - 1, d = ref - policy (Schulman 2020, estimator k3)."""
-    d = (ref_logprobs - logprobs).clamp(-20, 20)
+    d = (ref_logprobs - logprobs).clamp(-20, 20)         # both limits are the public code's
     return (d.exp() - d - 1).clamp(max=10)               # one rare token must not decide the step
 
 
@@ -204,18 +206,18 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
 FILTERED = 1000   # undecided questions that filter_questions() takes at once; then it writes down how far it has come
 
 
-def filter_questions(questions, llm, tokenizer, args, file):
+def filter_questions(questions, llm, path, tokenizer, args, file):
     """Keep the questions that the LLM solves alone often enough (RelayLLM, section 5): only there can asking help.
 
     Of its n answers only those are written that can still decide: 5 right ones of 10 do, or 6 wrong ones. With real
-    models this takes hours, so what came out is kept in `file`, for --resume and for variants.
+    models this takes hours, so what came out is kept in `file`, for --resume and for variants. path: the LLM's.
     """
     n = args.filter_samples
     if n == 0:
         return questions
     enough = sum(k / n < args.pass_rate for k in range(n))                     # right answers that keep a question
-    model = [str(llm.embed.weight.dtype), llm.norm.weight.tolist()]            # enough to tell one LLM from another
-    key = digest([model, n, args.seed, args.llm_temperature, args.max_new_tokens, [q.text for q in questions]])
+    key = digest([fingerprint(path), str(llm.embed.weight.dtype), n, args.seed, args.llm_temperature,
+                  args.max_new_tokens, [q.text for q in questions]])
     earlier = meet(read_json(file, {}))[0]             # before the first process writes it
     counts = earlier.get(key) or [[0, 0] for _ in questions]                   # right and wrong answers to each
     missing = lambda right, wrong: max(0, min(enough - right, n - enough + 1 - wrong))
@@ -477,7 +479,8 @@ def main():
     device, frozen = machine(args, run.toy)
     first = join_processes(device)
     run.lock = only_one(out) if first else None           # held until this process ends
-    master, llm, tokenizer = load_pair(folder or source, args.llm or run.directory("llm"), device, frozen, learns=True)
+    helper = args.llm or run.directory("llm")
+    master, llm, tokenizer = load_pair(folder or source, helper, device, frozen, learns=True)
     reference = load(source, device, getattr(torch, args.train_dtype))
     need(master.config == reference.config, f"{folder}: its model is not of the shape of {source}")
     optimizer = adamw(master, args.lr)
@@ -486,7 +489,7 @@ def main():
     if folder:
         load_optimizer(optimizer, folder / "optimizer.pt")
     questions, held_out = (short(some, tokenizer, policy, llm) for some in (questions, held_out))
-    questions = filter_questions(questions, llm, tokenizer, args, run.path / "filter.json")
+    questions = filter_questions(questions, llm, helper, tokenizer, args, run.path / "filter.json")
     need(questions, "the LLM solves none of the questions; give easier ones, or --filter-samples 0")
     keep = lambda: first and save_checkpoint(out, history, master, optimizer, source, chosen)
     if first:                                  # the steps after these are done again

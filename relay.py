@@ -38,7 +38,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -48,7 +48,7 @@ import numpy as np
 import torch
 
 from data import INSTRUCTION, Tokenizer, grade, load_questions, toy_questions
-from model import Cache, forget, load, need, prepack, read_config, read_json, write_json
+from model import Cache, forget, load, need, prepack, progress_bar, read_config, read_json, write_json
 
 COMMAND = re.compile(rb"<call>([0-9]{1,9})</call>")   # nine digits at most: the text kept to find one is bounded
 LONGEST = len(b"<call></call>") + 9                   # bytes
@@ -618,6 +618,16 @@ class Run:
     def command_line(self, script, *more):
         """What to type for a script on this run. more: what real models need besides."""
         return shlex.join(["python", script, "--run", self.path.as_posix(), *([] if self.toy else more)])
+
+
+@contextmanager
+def token_bar(label, answers, budget, leave=True):
+    """A progress bar over the tokens of so many answers of at most `budget` each. Yields relay()'s on_token and on_end:
+    what an answer leaves of its budget is not waited for."""
+    with progress_bar(total=answers * budget, desc=label, unit="token", unit_scale=True, leave=leave) as bar:
+        def on_end(row, rollout):
+            bar.total -= budget - len(rollout.tokens)
+        yield lambda *_: bar.update(), on_end
 
 
 def glibc(function, *numbers):

@@ -7,10 +7,10 @@ way", has the exceptions).
 
     loss = - mean over answer tokens of log p(token | all before it)
 
-With no --slm and --llm the pair is the toy's, and stage 0 trains it here from scratch, one process for each model. How a
-model learns, in all stages, stands first: batches, log-probabilities of chosen tokens, one optimizer step. What else
-stages 1 and 2 share stands behind them: settings, questions and answers, and several processes that train one model.
-(With one process, as one may read it at first, world() is (0, 1), meet(x) is [x] and add_up(x) is x.)
+With no --slm and --llm the pair is the toy's, and stage 0 trains it here from scratch, one process for each model. What
+stands first is how a model learns, in all stages: batches, log-probabilities of chosen tokens, one optimizer step. What
+else stages 1 and 2 share stands behind them: several processes that train one model (with one, as you may read it at
+first, world() is (0, 1), meet(x) is [x] and add_up(x) is x), settings, questions and answers.
 
 Left out: a choice among the answers (without the wrong ones what the SLM writes would shift), adapters such as LoRA,
 and one model spread over several GPUs (each process holds both models whole).
@@ -42,7 +42,7 @@ from tqdm import tqdm
 from data import Tokenizer, load_questions, save_toy_tokenizer, split_of, toy_questions, with_asides
 from model import Grid, Transformer, digest, need, parse_config, progress_bar, read_config, save
 from relay import (Run, WrongArguments, command, entropy, few_rows, fill_in, give_back, graded, hear_signals, load_pair,
-                   log_softmax, machine, parser, positive, relay, run_script, show_presets, small_models)
+                   log_softmax, machine, parser, positive, relay, run_script, show_presets, small_models, token_bar)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -459,9 +459,9 @@ def write_answers(slm, llm, tokenizer, questions, args, label, keep=lambda quest
     """
     (rank, size), n = world(), len(questions)
     mine, numbers = range(rank * n // size, (rank + 1) * n // size), numbers or range(n)
-    with progress_bar(total=len(mine), desc=label, unit="answer", leave=label not in ("check", "filter")) as bar:
+    with token_bar(label, len(mine), args.max_new_tokens, leave=label not in ("check", "filter")) as (on_token, on_end):
         options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, batch=args.batch,
-                       seed=[(args.seed, numbers[i]) for i in mine], on_end=lambda *_: bar.update()) | options
+                       seed=[(args.seed, numbers[i]) for i in mine], on_token=on_token, on_end=on_end) | options
         rollouts = relay(slm, llm, tokenizer, [tokenizer.chat(questions[i].text) for i in mine], **options)
     return sum(meet([keep(questions[i], rollout) for i, rollout in zip(mine, rollouts)]), [])
 

@@ -442,6 +442,7 @@ def test_a_huge_log_ratio_leaves_the_gradient_finite(advantage):
 
 def test_the_filter_keeps_what_the_llm_solves_often_enough_and_asks_it_once(tmp_path, monkeypatch):
     """170,000 answers of the LLM were written again by every --resume and every variant."""
+    monkeypatch.setattr(grpo, "fingerprint", str)
     asked = []
 
     def answers(llm, nobody, tokenizer, questions, args, label, keep, temperature, numbers):
@@ -451,10 +452,10 @@ def test_the_filter_keeps_what_the_llm_solves_often_enough_and_asks_it_once(tmp_
     monkeypatch.setattr(grpo, "write_answers", answers)
     pool = [SimpleNamespace(text=f"question {i}", number=i - 1) for i in range(6)]      # solved 0, 1, 2, 3, 4, 4 times
 
-    def choose(dtype=torch.float32, **changes):
+    def choose(dtype=torch.float32, llm="llm", **changes):
         args = settings(**dict(dict(filter_samples=4, pass_rate=0.5, llm=None, seed=1, llm_temperature=0.7,
                                     max_new_tokens=9), **changes))
-        kept = grpo.filter_questions(pool, tiny("qwen3", dtype=dtype), None, args, tmp_path / "filter.json")
+        kept = grpo.filter_questions(pool, tiny("qwen3", dtype=dtype), llm, None, args, tmp_path / "filter.json")
         return [q.number for q in kept]
 
     assert choose() == [1, 2, 3, 4] and asked == [12, 2, 1]                              # not 24: the rest is decided
@@ -463,10 +464,11 @@ def test_the_filter_keeps_what_the_llm_solves_often_enough_and_asks_it_once(tmp_
     assert choose(filter_samples=0) == choose(pass_rate=0) == [-1, 0, 1, 2, 3, 4] and len(asked) == 7
     assert choose() == [1, 2, 3, 4] and len(asked) == 7                                  # both are kept
     assert choose(dtype=torch.bfloat16) == [1, 2, 3, 4] and asked[7:] == [12, 2, 1]      # another LLM, in effect
+    assert choose(llm="other") == [1, 2, 3, 4] and asked[10:] == [12, 2, 1]
     monkeypatch.setattr(grpo, "FILTERED", 4)
 
     def killed(*args, **options):
-        if len(asked) > 10:
+        if len(asked) > 13:
             raise KeyboardInterrupt
         return answers(*args, **options)
 
@@ -474,12 +476,13 @@ def test_the_filter_keeps_what_the_llm_solves_often_enough_and_asks_it_once(tmp_
     with pytest.raises(KeyboardInterrupt):
         choose(seed=2)
     monkeypatch.setattr(grpo, "write_answers", answers)
-    assert choose(seed=2) == [1, 2, 3, 4] and asked[10:] == [8, 6, 1]                    # goes on after the first part
+    assert choose(seed=2) == [1, 2, 3, 4] and asked[13:] == [8, 6, 1]                    # goes on after the first part
 
 
 @pytest.mark.parametrize("n, rate", [(1, 0.5), (2, 0.5), (10, 0.5), (10, 0.05), (10, 1.0), (16, 0.3), (7, 0.7)])
 def test_the_filter_decides_as_all_answers_would(n, rate, tmp_path, monkeypatch):
     """Answers that can no longer decide are not written: that must not change what is kept."""
+    monkeypatch.setattr(grpo, "fingerprint", str)
     rng = random.Random(n)
     table = [[rng.random() < share for _ in range(n)] for share in (i / 199 for i in range(200))]
     written = []
@@ -491,20 +494,21 @@ def test_the_filter_decides_as_all_answers_would(n, rate, tmp_path, monkeypatch)
     monkeypatch.setattr(grpo, "write_answers", answers)
     pool = [SimpleNamespace(text=str(i), number=i) for i in range(200)]
     args = settings(filter_samples=n, pass_rate=rate, llm=None, seed=1, llm_temperature=0.7, max_new_tokens=9)
-    kept = grpo.filter_questions(pool, tiny("qwen3"), None, args, tmp_path / "filter.json")
+    kept = grpo.filter_questions(pool, tiny("qwen3"), "llm", None, args, tmp_path / "filter.json")
     assert [q.number for q in kept] == [i for i in range(200) if sum(table[i]) / n >= rate]
     assert len(written) == len(set(written)) <= 200 * n and (n == 1 or len(written) < 170 * n)
 
 
 def test_an_answer_of_the_filter_is_the_same_in_whichever_round_it_is_written(tmp_path, monkeypatch):
     """Its random numbers belong to question and answer, not to the place in a round."""
+    monkeypatch.setattr(grpo, "fingerprint", str)
     tokenizer = ByteTokenizer()
     llm = tiny("qwen3", vocab_size=len(tokenizer.known))
     pool = [SimpleNamespace(text="abcdefghi"[:1 + i % 9] * 2 + str(i)) for i in range(30)]
     args = settings(filter_samples=6, pass_rate=0.5, seed=1, llm_temperature=1.0, max_new_tokens=5, batch=7)
     right = lambda question, rollout, tokenizer: sum(rollout.tokens) % 2 == 0
     monkeypatch.setattr(grpo, "is_right", right)
-    kept = grpo.filter_questions(pool, llm, tokenizer, args, tmp_path / "filter.json")
+    kept = grpo.filter_questions(pool, llm, "llm", tokenizer, args, tmp_path / "filter.json")
     every = write_answers(llm, None, tokenizer, [q for q in pool for _ in range(6)], args, "all", temperature=1.0,
                           keep=lambda question, rollout: right(question, rollout, tokenizer))
     assert kept == [q for i, q in enumerate(pool) if sum(every[6 * i:6 * i + 6]) >= 3] and 5 < len(kept) < 25
