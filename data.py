@@ -238,7 +238,7 @@ class Tokenizer:
             template = file.read_text(encoding="utf-8", errors="replace")
         self._chat, end_of_turn = chat_format(str(template or ""))
         if template is None:
-            self._chat = f"{path}: no chat template (chat_template.jinja or tokenizer_config.json)"
+            self._chat = f"{path}: no chat template (chat_template.jinja, tokenizer_config.json): use an instruct model"
         elif self._chat is None:
             self._chat = f"{path}: its chat template is not one of Qwen2, Qwen3, SmolLM2, Llama 3 or plain ChatML"
         elif end_of_turn not in self._added:
@@ -446,7 +446,7 @@ def load_questions(path, limit=None):
             where = f"{path}: line {number}"
         elif listed and isinstance(error, json.JSONDecodeError):
             where = f"{path}: line {error.lineno}"
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(f"{where}: {getattr(error, 'strerror', None) or error}") from None
     need(questions, f"{path}: no questions in it")
     return questions
 

@@ -345,7 +345,7 @@ def only_one(out):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{out}: another process is training there") from None
+            raise ValueError(f"{out}: another process is training there; wait for it, or end it") from None
     return lock
 
 
@@ -365,7 +365,7 @@ def last_checkpoint(out, settings):
     there, history = state.get("settings"), state.get("history")
     need(isinstance(there, dict) and isinstance(history, list)
          and all(isinstance(m, dict) and m.get("step") == i for i, m in enumerate(history, 1)),
-         f"{out / 'checkpoint.json'}: not a checkpoint of this program")
+         f"{out / 'checkpoint.json'}: not a checkpoint of this program; delete {out}, or choose another --run")
     if difference := differing(there, settings):
         raise ValueError(f"{out}: its checkpoint was made with {difference}; resume with the same settings, or choose "
                          "another --run")
@@ -380,7 +380,8 @@ def load_optimizer(optimizer, file):
                for name in ("exp_avg", "exp_avg_sq")):         # it does not look, and a fused step would crash
             raise ValueError
     except Exception as error:                 # what a damaged file raises depends on where the damage is
-        raise ValueError(f"{file}: damaged, or not of this run ({type(error).__name__})") from None
+        raise ValueError(f"{file}: damaged, or not of this run ({type(error).__name__}); delete {file.parent.parent}, "
+                         "or choose another --run") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -653,6 +653,8 @@ def fingerprint(path):
 
 def read_config(path):
     """The Config of a model directory; ValueError for what is no such directory, or of a family we cannot run."""
+    need((path / "config.json").exists(), f"{path}: no model directory (it has no config.json); a published model is "
+         "downloaded by: hf download NAME --local-dir DIR")
     return parse_config(read_json(path / "config.json"), path / "config.json")
 
 

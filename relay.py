@@ -334,8 +334,8 @@ def relay(slm, llm, tokenizer, prompts, *, max_new_tokens, temperature=0.7, seed
     context = min(model.config.context for model in (slm, llm) if model is not None)
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) < context:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens; the context holds 1 to {context - 1}: "
-                             f"{tokenizer.decode(prompt)[:80]!r} ...")
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens, the context holds 1 to {context - 1}; shorten "
+                             f"the question: {tokenizer.decode(prompt)[:80]!r} ...")
     coming = deque((i, p, min(max_new_tokens, context - len(p)), s) for i, (p, s) in enumerate(zip(prompts, seeds)))
     ignore = lambda *what: None
     packed = prepack(slm) if prompts else []
@@ -502,18 +502,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists what there is)\n")
 
 
-def positive(kind, or_zero=False, most=2**53):
-    """An argparse type: a number above 0 (or also 0), of at most `most` (by default what every dtype and seed holds)."""
+def positive(kind, or_zero=False, most=10**15):
+    """An argparse type: a number above 0 (or also 0), of at most `most` (by default what any dtype or seed holds)."""
     def number(text):
-        value = kind(text)
-        if not 0 <= value <= most or value == 0 and not or_zero:
-            raise ValueError
-        return value
-    number.__name__ = ("number of 0 or more" if or_zero else "positive number") + f" up to {most:g}"   # in its message
+        with suppress(ValueError):
+            value = kind(text)
+            if 0 <= value <= most and (value or or_zero):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number "
+                                         f"{'of 0 or more' if or_zero else 'above 0'}, up to {most:g}")
     return number
 
 
-def at_least_zero(kind, most=2**53):
+def at_least_zero(kind, most=10**15):
     return positive(kind, or_zero=True, most=most)
 
 
@@ -578,7 +579,7 @@ class Run:
         self.info = read_json(self.file, {"stages": {}})
         stages = self.info.get("stages")
         need(isinstance(stages, dict) and all(isinstance(stage, dict) for stage in stages.values()),
-             f"{self.file}: not a file of this program (no stages in it)")
+             f"{self.file}: not a file of this program (no stages in it); choose another --run")
 
     def has(self, stage):
         """Is this stage finished, and its model still there (config.json is what save() writes last)?"""
@@ -826,9 +827,10 @@ def main():
             if not args.interactive:                                 # where the next question may be fine
                 raise
             print(error)
-    stage = next((name for name in ("warmup", "grpo") if not run.has(name)), "eval")
+    own = not (args.slm and args.llm)                                # else it is a pair for a run of its own
+    stage = next((name for name in ("warmup", "grpo") if not (own and run.has(name))), "eval")
     pair = ["--slm", str(args.slm), "--llm", str(args.llm or run.directory("llm"))] if stage == "warmup" else []
-    print(f"next: {run.command_line(f'{stage}.py', *pair, '--questions', 'FILE')}")
+    print(f"next: {(run if own else Run('runs/real')).command_line(f'{stage}.py', *pair, '--questions', 'FILE')}")
 
 
 if __name__ == "__main__":

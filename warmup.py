@@ -377,7 +377,8 @@ def start_processes(args):
         child.wait()
     failed = [code for code in codes if code]
     if failed and max(failed) < 0:             # else one of them has said why
-        sys.exit(f"{Path(sys.argv[0]).name}: a process was killed by signal {-failed[0]} (9: perhaps out of memory)")
+        sys.exit(f"{Path(sys.argv[0]).name}: a process was killed by signal {-failed[0]} (9: perhaps out of memory; "
+                 "try a smaller --batch, or --micro-tokens)")
     sys.exit(1 if failed else 0)
 
 
