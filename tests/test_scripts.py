@@ -1,5 +1,6 @@
 """The scripts as a user meets them: a whole tiny run, and what they say to a user's mistake."""
 import importlib
+import inspect
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -377,14 +379,19 @@ def test_the_readme_quotes_messages_and_metrics_as_they_are(run):
     metrics = README.split("## The metrics of GRPO")[1].split("\n## ")[0]
     keys = {key for line in (run[0] / "grpo" / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
     assert keys == set(re.findall("`([a-z_]+)`", "".join(re.findall(r"^\| (`.*?) \|", metrics, re.M))))
+    table = README.split("## Two commands")[1].split("\n## ")[0]
+    rows, analysis = (json.loads((run[0] / "eval" / name).read_text()) for name in ("results.json", "analysis.json"))
+    keys = {key for row in rows for key in row} | analysis.keys()
+    assert {"gap_closed", "threshold"} <= keys and not keys - {"method"} - set(re.findall("`([a-z_0-9]+)`", table))
 
 
-def test_the_exercises_of_the_readme_name_places_that_exist():
-    """An exercise in a function that is no longer there cannot be done."""
-    exercises = re.findall(r"^   - (\w+\.py), `([\w.]+)`", README, re.M)
+def test_the_exercises_of_the_readme_name_lines_that_exist():
+    """An exercise in a line that is no longer there cannot be done."""
+    exercises = re.findall(r"^   - (\w+)\.py, `([\w.]+)`: (?:leave out|write `[^`]+` for) `([^`]+)`[;.]$", README, re.M)
     assert len(exercises) == 7
-    for file, place in exercises:
-        assert re.search(rf"(def|class) {place.split('.')[-1]}\b", (HERE / file).read_text(encoding="utf-8")), place
+    for file, place, line in exercises:
+        source = inspect.getsource(attrgetter(place)(importlib.import_module(file)))
+        assert source.count(line) == 1, place
 
 
 @pytest.mark.parametrize("name", ["warmup", "grpo", "eval", "relay"])
