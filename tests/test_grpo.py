@@ -24,7 +24,7 @@ from data import toy_questions
 from grpo import advantages, examples_of, k3, last_checkpoint, policy_loss, rewards, save_checkpoint, update
 from model import Config, Transformer, load, parse_config, save
 from needs import memory_needed
-from relay import Call, Rollout, Run, WrongArguments, command, entropy, log_softmax, relay, small_models
+from relay import Call, Rollout, Run, WrongArguments, entropy, log_softmax, relay, small_models
 from warmup import adamw, join_processes, start_processes, token_logprobs, warm_up, working_copy, write_answers
 
 
@@ -70,19 +70,19 @@ def settings(**changes):
 
 
 def test_a_right_answer_without_a_call_makes_calls_dear():
-    """Student-solvable: 1.5, 1 - rho, 0, 0."""
+    """A bonus that called answers got too would leave nothing to gain by not asking."""
     got = rewards([True, True, False, False], [False, True, False, True], torch.tensor([0.0, 0.2, 0.0, 0.3]))
     assert got.tolist() == pytest.approx([1.5, 0.8, 0, 0])
 
 
 def test_where_only_calls_are_right_a_wrong_answer_without_a_call_is_punished():
-    """Teacher-dependent: 1 - rho for a right call, -1 for not asking, 0 for asking in vain."""
+    """Were it 0, as for asking in vain, nothing would teach a model that fails alone to ask."""
     got = rewards([True, False, False], [True, False, True], torch.tensor([0.1, 0.0, 0.4]))
     assert got.tolist() == pytest.approx([0.9, -1, 0])
 
 
 def test_where_nothing_is_right_asking_is_rewarded_by_rho():
-    """Teacher-unsolvable: the exploration reward."""
+    """All zeros there would end the calls for hard questions, before they can help."""
     assert rewards([False, False], [False, True], torch.tensor([0.0, 0.4])).tolist() == pytest.approx([0, 0.4])
 
 
@@ -95,7 +95,7 @@ def test_the_scenario_belongs_to_the_group_and_not_to_the_batch():
 
 
 def test_advantages_are_centred_and_divided_by_the_unbiased_std():
-    """(1, 0): mean 0.5, unbiased std 0.7071."""
+    """The biased std, numpy's default, makes every advantage of a small group too large: 1 in place of 0.7071."""
     assert advantages(torch.tensor([1.0, 0.0])).tolist() == pytest.approx([0.70711, -0.70711], abs=1e-4)
 
 
@@ -117,7 +117,7 @@ def test_a_floor_under_the_std_keeps_the_length_of_right_answers_from_being_an_a
 
 
 def test_at_ratio_one_the_loss_is_the_plain_policy_gradient():
-    """d loss / d logprob = -A, whatever the clip."""
+    """A sign lost, or a clip that acts where nothing has moved yet, and the first update is no policy gradient."""
     logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
     loss, clipped = policy_loss(logprobs, logprobs.detach(), torch.tensor([2.0, -3.0]))
     loss.sum().backward()
@@ -125,7 +125,7 @@ def test_at_ratio_one_the_loss_is_the_plain_policy_gradient():
 
 
 def test_the_clip_holds_a_ratio_back_only_where_it_would_gain():
-    """A > 0: above 1.3 no gradient, below 0.8 the plain one. A < 0: below 0.8 none, and at most 3 |A| above."""
+    """With min for max it holds back just the tokens that must return: without a slope below 0.8 where A > 0."""
     ratio = torch.tensor([2.0, 0.5, 0.5, 2.0, 9.0])
     loss, clipped = policy_loss(ratio.log(), torch.zeros(5), torch.tensor([1.0, 1.0, -1.0, -1.0, -1.0]))
     assert loss.tolist() == pytest.approx([-1.3, -0.5, 0.8, 2.0, 3.0])
@@ -140,7 +140,7 @@ def test_the_kl_estimate_is_zero_with_zero_slope_where_policy_and_reference_agre
 
 
 def test_kl_and_the_difference_to_the_sampler_start_at_zero(toy):
-    """Policy and reference are the same weights before the first update, in the same precision."""
+    """A reference in another precision, or read without the temperature, pulls at the policy from the first step on."""
     tokenizer, policy, reference, _ = toy
     rollouts = some_rollouts(toy)
     optimizer = SimpleNamespace(param_groups=[dict(params=list(policy.parameters()))], step=lambda: None,
@@ -176,11 +176,6 @@ def test_a_question_file_may_move_before_a_run_goes_on(toy, tmp_path):
         run.finished("warmup", dict(questions="/old/q", question_texts="2e"))
 
 
-def test_a_command_is_the_text_of_the_paper():
-    """The released warm-up builder writes it without the number."""
-    assert command(12) == "<call>12</call>"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Exhaustive, and by hand
 
@@ -206,7 +201,7 @@ def test_the_reward_table_holds_in_every_group_of_four():
 
 
 def test_advantages_by_hand_for_two_groups_at_once():
-    """(2, 0, 1, 1): mean 1, unbiased std sqrt(2/3); a biased std gives 1.414. (4, 4, 4, 0): mean 3, std 2."""
+    """A mean or a std over the whole batch mixes easy questions with hard ones. (2, 0, 1, 1) has the std sqrt(2/3)."""
     got = advantages(torch.tensor([[2.0, 0.0, 1.0, 1.0], [4.0, 4.0, 4.0, 0.0]]))
     assert got[0].tolist() == pytest.approx([1.224745, -1.224745, 0, 0], abs=1e-4)
     assert got[1].tolist() == pytest.approx([0.5, 0.5, 0.5, -1.5], abs=1e-4)
@@ -279,7 +274,7 @@ def test_two_groups_of_one_and_the_same_question_stay_apart(monkeypatch):
 
 
 def test_the_updates_of_a_step_share_its_groups_among_them(monkeypatch):
-    """Each whole group in exactly one update, with its own advantages and the log-probabilities of sampling."""
+    """A group cut in two, left out, or learned from with another one's advantages would go unseen in the loss."""
     groups = [[made_up(True, k % 3, asked=1), made_up(k % 2 == 0, 0), made_up(False, 1, asked=1)] for k in range(5)]
     _, seen = played(monkeypatch, groups, updates=2)
     assert [len(rollouts) for rollouts, _, _ in seen] == [9, 6]
@@ -362,7 +357,7 @@ def stepped(letters, rollouts=None, advantage=None, **changes):
 
 
 def test_the_gradient_of_an_update_is_that_of_the_formula_token_by_token(letters):
-    """Mean over the SLM's tokens of -A + 0.5 k3, written as loops over single sequences, in float64."""
+    """A lost weight or a shift by one token trains all the same, only worse: so here it is as loops, in float64."""
     tokenizer, policy, reference, _, rollouts = letters
     policy, advantage, n = copy.deepcopy(policy), torch.linspace(-2, 1.5, len(rollouts)), len(tokenizer.known)
     terms = []
@@ -899,7 +894,7 @@ def test_processes_end_when_the_one_that_started_them_is_killed(warmed_up):
 
 
 def test_torchrun_on_two_nodes_trains_what_one_process_trains(warmed_up, tmp_path):
-    """Rank, world and the address to meet at come from torchrun. (Both nodes are this machine, one process on each.)"""
+    """Ranks of our own beside torchrun's would wait for each other. (Both nodes are this machine, one process each.)"""
     alone, file = tmp_path / "alone", tmp_path / "questions.jsonl"
     shutil.copytree(warmed_up, alone)
     write_questions(file, [7] * 30)

@@ -183,7 +183,7 @@ def test_attention_as_two_products_is_that_of_the_kernel(device, dtype, close):
 
 
 def test_checkpointing_changes_neither_loss_nor_gradient():
-    """Recomputing the layers in the backward pass must compute the same."""
+    """Layers that are computed again without their cache, grid or positions give another gradient, without an error."""
     model, tokens, grads = tiny("qwen2"), tokens_of(5, 2, 9), []
     for model.checkpointing in (False, True):
         model.zero_grad()
@@ -194,7 +194,7 @@ def test_checkpointing_changes_neither_loss_nor_gradient():
 
 
 def test_the_same_seed_gives_the_same_fresh_weights_and_no_other_does():
-    """initialize() must not draw from the global generator."""
+    """Drawn from the global generator, weights would depend on what was drawn before."""
     a, b, c = (tiny("qwen3").initialize(seed).embed.weight.clone() for seed in (1, 1, 2))
     assert a.equal(b) and not a.equal(c)
 
@@ -278,7 +278,7 @@ def test_llama3_scaling_changes_the_slow_frequencies_only():
 
 
 def test_linear_scaling_divides_all_frequencies():
-    """Both spellings of its key ("type" is the older one)."""
+    """With the older key, "type", it would be taken for a checkpoint without scaling."""
     for key in ("type", "rope_type"):
         config = parse_config(raw_config("llama", rope_scaling={key: "linear", "factor": 4.0}), "c")
         plain = parse_config(raw_config("llama", rope_scaling=None), "c")
@@ -394,7 +394,7 @@ def test_config_keys_that_we_do_not_know_survive(tmp_path):
 
 
 def test_shards_load_as_one_model(tmp_path):
-    """Real checkpoints from 3B on come in shards with an index."""
+    """From 3B on checkpoints come in shards: a reader of one file finds nothing, or half a model."""
     model = tiny("llama", dtype=torch.float32)
     save(model, tmp_path)
     tensors = {n: t.clone() for n, t in read_safetensors(tmp_path / "model.safetensors").items()}
@@ -450,7 +450,7 @@ def test_without_tie_word_embeddings_the_file_decides(tmp_path):
 
 
 def test_copies_that_some_checkpoints_keep_are_passed_over(tmp_path):
-    """lm_head beside tie_word_embeddings, and rotary_emb.inv_freq of old Llamas."""
+    """An lm_head beside tie_word_embeddings, an old Llama's rotary_emb.inv_freq: surplus, and no reason to refuse."""
     model = tiny("qwen3", dtype=torch.float32)
     save(model, tmp_path)
     tensors = {n: t.clone() for n, t in read_safetensors(tmp_path / "model.safetensors").items()}
@@ -727,7 +727,7 @@ def test_a_safetensors_file_cut_anywhere_is_refused(cut, tmp_path):
 
 
 def test_legal_oddities_of_safetensors_load(tmp_path):
-    """White space around the header, a scalar, zero-size tensors, metadata, any order of entries, unaligned data."""
+    """A check too many refuses files that others read: white space, scalars, empty tensors, unaligned data."""
     data = struct.pack("<3f", 1.5, -2.0, 7.0) + b"\x40\x40"                         # and 3 in bfloat16
     header = {"half": entry("BF16", [1], 12, 14), "__metadata__": {"format": "pt"}, "scalar": entry("F32", [], 8, 12),
               "nothing": entry("F32", [0, 5], 8, 8), "pair": entry("F32", [2, 1], 0, 8),

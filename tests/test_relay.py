@@ -23,7 +23,8 @@ import relay as relay_module
 from conftest import ByteTokenizer, Scripted, raw_config, shuffled, tiny
 from data import Tokenizer
 from model import Cache, RecordedStep, save
-from relay import COMMAND, Row, command, log_softmax, plain_text, relay, sample, without_commands
+from relay import (COMMAND, Call, Rollout, Row, command, figures, log_softmax, means, plain_text, relay, sample,
+                   without_commands)
 
 PROMPT = b"Q: how much?\n"
 
@@ -60,6 +61,11 @@ def splits(text):
                 piece = b""
             piece += bytes([byte])
         yield pieces + [piece]
+
+
+def test_a_command_is_the_text_of_the_paper():
+    """The released warm-up builder writes it without the number."""
+    assert command(12) == "<call>12</call>"
 
 
 def test_a_command_is_found_at_every_split_into_tokens():
@@ -174,7 +180,7 @@ def test_what_is_no_command_stays_text(text):
 
 
 def test_leading_zeros_and_nine_digits_are_a_number():
-    """int() of the digits, not a table."""
+    """A search for a first digit of 1 to 9 would leave it as text."""
     out, _, _ = play(ByteTokenizer(), ["<call>000000002</call>"], "XYZ")
     assert out.calls == [(22, 2, 2)]
 
@@ -289,7 +295,7 @@ def test_a_router_discards_the_slms_token_and_commands_are_text():
 
 
 def test_what_is_written_is_told_in_order():
-    """on_token and on_end: the token view of `python relay.py`, and the progress bar."""
+    """A token told twice, or under another row, would be seen on the screen only, not in the roll-out."""
     tokenizer, seen, done = ByteTokenizer(), {}, []
     slm = Scripted(tokenizer, list(b"a<call>2</call>b"), list(b"cd"))
     llm = Scripted(tokenizer, list(b"XYZ"))
@@ -329,7 +335,7 @@ def test_a_row_that_never_calls_costs_the_llm_nothing():
 
 
 def test_equal_prompts_of_one_token_are_read_like_any_other():
-    """There is nothing to share but the last token, which each row reads itself."""
+    """Without the last token, which each row reads itself, nothing is left to share: an empty pass would crash."""
     out, _, _ = play(ByteTokenizer(), ["ab"], None)
     slm = Scripted(ByteTokenizer(), list(b"ab"))
     outs = relay(slm, None, ByteTokenizer(), [[65], [65]], max_new_tokens=9)
@@ -688,7 +694,7 @@ def test_log_probabilities_equal_the_learners_recomputation(temperature):
 
 
 def test_costs_are_the_tokens_that_the_models_really_ran():
-    """Counted by hooks on the embedding, row by row alone (no padding there), and the same within a batch."""
+    """A count of what should have run, not of what ran, hides a context that is read twice: so hooks count."""
     slm, llm = pair()
     ran = Counter()
     slm.embed.register_forward_hook(lambda m, args, out: ran.update(slm=args[0].numel()))
@@ -791,7 +797,7 @@ def test_on_a_gpu_roll_outs_are_those_of_the_cpu(families):
 # Sampling
 
 def test_sampling_follows_the_inverse_cdf():
-    """Borders belong to the next token, an impossible id is never drawn, 1 - 2^-53 draws the last possible one."""
+    """Off by one at a border: an impossible id is drawn, or by 1 - 2^-53 one behind the last."""
     logprobs = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]], dtype=torch.float64).log()
     for u, token in ((0.0, 1), (0.2499, 1), (0.25, 3), (0.7499, 3), (0.75, 4), (1 - 2**-53, 4)):
         assert sample(logprobs, [u]).tolist() == [token]
@@ -849,6 +855,14 @@ def test_ids_that_the_tokenizer_lacks_have_probability_zero():
         assert logp.shape == (1, 4) and logp[0, 1] == -torch.inf and logp.dtype != torch.bfloat16
         assert abs(float(logp.exp().sum()) - 1) < 1e-6
         assert abs(float(logp[0, 0] - logp[0, 2]) - 1 / (temperature or 1)) < 1e-5
+
+
+def test_rho_pools_tokens_over_answers():
+    """The mean of each answer's rho would weigh a short answer like a long one."""
+    long = Rollout([1], tokens=[1] * 98, by_llm=[False] * 98, end="eos")
+    short = Rollout([1], tokens=[1, 1], by_llm=[True, True], calls=[Call(0, 5, 2)], end="eos")
+    got = means(figures([True, False], [long, short]))
+    assert got["rho"] == 0.02 and got["accuracy"] == 0.5 and got["call_rate"] == 0.5 and got["asked"] == 5
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_the_first_picture_of_the_readme_is_drawn_from_a_run(run):
 
 
 def test_every_row_of_the_table_has_every_key(run):
-    """Scripts read results.json by its keys."""
+    """Whoever reads results.json by its keys would stumble over a row that lacks one."""
     rows = json.loads((run[0] / "eval" / "results.json").read_text())
     methods = [row["method"] for row in rows]
     assert len(set(methods)) == len(methods)
@@ -95,7 +95,7 @@ def test_every_row_of_the_table_has_every_key(run):
 
 
 def test_a_second_evaluation_gives_the_same_table(monkeypatch, run):
-    """Its answers are those of the first, read back."""
+    """Answers read back in another order, or without their calls, would make another table."""
     before = (run[0] / "eval" / "results.json").read_bytes()
     monkeypatch.setattr(sys, "argv", ["eval.py", "--run", str(run[0]), *EVAL, "--html"])
     run_script(importlib.import_module("eval").main)
@@ -104,7 +104,7 @@ def test_a_second_evaluation_gives_the_same_table(monkeypatch, run):
 
 
 def test_a_run_can_be_moved(monkeypatch, capsys, run, tmp_path):
-    """Paths inside a run are relative."""
+    """Absolute paths in run.json would lead back to where the run began."""
     moved = run[0].rename(tmp_path / "moved")
     monkeypatch.setattr(sys, "argv", ["relay.py", "--run", str(moved), "--max-new-tokens", "5"])
     run_script(relay_module.main)
