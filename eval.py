@@ -32,6 +32,7 @@ import importlib.util
 import itertools
 import json
 import random
+import shlex
 import time
 from collections import Counter, defaultdict
 from contextlib import suppress
@@ -367,11 +368,12 @@ def find_variants(args, run, slm):
     need(not unknown, f"--rows {unknown}: no row, and no model that grpo.py --variant put into {run.path}",
          WrongArguments)
     file, seed = trained_on(run), run.info["stages"]["grpo"].get("seed")
-    same = f"--seed {seed}" + (f" --questions {file}" if file else "")
+    same = ["--seed", str(seed), *(["--questions", str(file)] if file else [])]
     for name, flags in VARIANTS.items():
         if name not in there and (args.all or name in args.rows):
+            more = ["--variant", name, *same, *(flag.format(slm=slm) for flag in flags.split())]
             print(f"{name} is missing; make it, with what other flags grpo had: {run.command_line('grpo.py')} "
-                  f"--variant {name} {same} {flags.format(slm=slm)}")
+                  f"{shlex.join(more)}")
     return {name: stage for name, stage in there.items() if args.all or name in args.rows}
 
 
