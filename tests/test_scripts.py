@@ -379,7 +379,7 @@ def test_the_readme_quotes_messages_and_metrics_as_they_are(run):
     metrics = README.split("## The metrics of GRPO")[1].split("\n## ")[0]
     keys = {key for line in (run[0] / "grpo" / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
     assert keys == set(re.findall("`([a-z_]+)`", "".join(re.findall(r"^\| (`.*?) \|", metrics, re.M))))
-    table = README.split("## Two commands")[1].split("\n## ")[0]
+    table = README.split("## The table of eval.py")[1].split("\n## ")[0]
     rows, analysis = (json.loads((run[0] / "eval" / name).read_text()) for name in ("results.json", "analysis.json"))
     keys = {key for row in rows for key in row} | analysis.keys()
     assert {"gap_closed", "threshold"} <= keys and not keys - {"method"} - set(re.findall("`([a-z_0-9]+)`", table))
