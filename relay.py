@@ -702,7 +702,7 @@ def hear_signals(handler):
 def run_script(main):
     """Run a script's main(): a user's mistake or bad data ends in one line, never in a traceback."""
     name = Path(sys.argv[0]).name
-    hear_signals(signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)        # as schedulers send it: like Ctrl-C
     with suppress(AttributeError):
         sys.stdout.reconfigure(errors="replace")                     # whatever a model writes can be printed
         sys.stdin.reconfigure(errors="replace")                      # and whatever is piped in be read
