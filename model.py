@@ -630,9 +630,9 @@ def weight_files(path):
     return [path / name for name in sorted(set(names.values()))]
 
 
-def progress_bar(*args, **options):
+def progress_bar(*args, disable=False, **options):
     """tqdm's; of several processes only the first one shows it."""
-    return tqdm(*args, dynamic_ncols=True, disable=os.environ.get("RANK", "0") != "0", **options)
+    return tqdm(*args, dynamic_ncols=True, disable=disable or os.environ.get("RANK", "0") != "0", **options)
 
 
 def digest(value):

@@ -38,10 +38,11 @@ import sys
 import tempfile
 import time
 from collections import deque
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -312,7 +313,7 @@ class Row:
 
 @torch.inference_mode()
 def relay(slm, llm, tokenizer, prompts, *, max_new_tokens, temperature=0.7, seed=0, llm_temperature=0.7, top_p=1.0,
-          fixed=None, router=None, no_calls=False, batch=None, on_token=None, on_end=None):
+          fixed=None, router=None, no_calls=False, batch=None, on_token=None, on_end=None, label=None):
     """Write a response to every prompt. Returns a list of Rollout.
 
     slm, llm: Transformers that share `tokenizer`; llm=None: nobody is called, and commands stay as text.
@@ -323,7 +324,7 @@ def relay(slm, llm, tokenizer, prompts, *, max_new_tokens, temperature=0.7, seed
     where the SLM's next-token entropy exceeds `high` nats, its token is discarded and the LLM writes until its own
     entropy falls below `low` (R-Stitch, arXiv 2507.17307). no_calls=True: the SLM cannot write a command's opening.
     batch: rows decoded at once (default: all); where some have ended others take their places. on_token(row, token,
-    by_llm) sees tokens as they are written, on_end(row, rollout) roll-outs as they end.
+    by_llm) sees tokens as they are written, on_end(row, rollout) roll-outs as they end. label: a progress bar's.
     """
     seeds = [(seed, i) for i in range(len(prompts))] if isinstance(seed, (int, np.integer)) else list(seed)
     need(len(seeds) == len(prompts) and 0 < top_p <= 1 and max_new_tokens >= 1,
@@ -336,115 +337,126 @@ def relay(slm, llm, tokenizer, prompts, *, max_new_tokens, temperature=0.7, seed
         if not 0 < len(prompt) < context:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens, the context holds 1 to {context - 1}; shorten "
                              f"the question: {tokenizer.decode(prompt)[:80]!r} ...")
-    coming = deque((i, p, min(max_new_tokens, context - len(p)), s) for i, (p, s) in enumerate(zip(prompts, seeds)))
-    ignore = lambda *what: None
-    packed = prepack(slm) if prompts else []
+    rows = [(i, p, min(max_new_tokens, context - len(p)), s) for i, (p, s) in enumerate(zip(prompts, seeds))]
+    options = SimpleNamespace(temperature=temperature, llm_temperature=llm_temperature, top_p=top_p, fixed=fixed,
+                              router=router, no_calls=no_calls, places=batch or len(rows), on_token=on_token,
+                              on_end=on_end)
+    packed = prepack(slm) if rows else []
     try:
-        done = relay_rows(slm, llm, tokenizer, coming, batch or len(prompts), on_token or ignore, on_end or ignore,
-                          temperature, llm_temperature, top_p, fixed, router, no_calls)
+        with progress_bar(total=sum(budget for _, _, budget, _ in rows), desc=label, unit="token", unit_scale=True,
+                          leave=False, disable=label is None) as bar:
+            done = Turns(slm, llm, tokenizer, rows, bar, options).write()
     finally:
         forget(packed)
-    return [done[i] for i in range(len(prompts))]
+    return [done[i] for i in range(len(rows))]
 
 
-def draw(reader, turn, known, temperature, top_p=1.0, banned=None, router=None):
-    """One step of a model for the rows of `turn`, {index: Row}. Returns [(index, Row, sampled id, its log-probability,
-    entropy if a router asks)]. banned: see completing()."""
-    (order, logits), drawn = reader.step(list(turn)), []
-    for some, in few_rows(logits):
-        part = order[len(drawn):len(drawn) + len(some)]
-        rows = [turn[r] for r in part]
-        logprobs = log_softmax(some, known, temperature)
-        if banned is not None:
-            opening = banned[[begun(row.tail) for row in rows]]                    # (B, N)
-            logprobs = torch.log_softmax(logprobs.masked_fill(opening, -torch.inf), dim=-1)
-        ids = sample(logprobs, [row.uniforms.item(len(row.out.tokens)) for row in rows], temperature, top_p)
-        chosen = logprobs.gather(-1, ids[:, None].to(logprobs.device))[:, 0].tolist()
-        need(not any(map(math.isnan, chosen)),             # where one is, all of its row are: nothing could be sampled
-             "a model's logits are not finite at this --temperature and --dtype (float16 overflows)")
-        entropies = entropy(logprobs).tolist() if router else [0.0] * len(part)
-        drawn += zip(part, rows, ids.tolist(), chosen, entropies)
-    return drawn
+class Turns:
+    """The rows of one relay(), and the turns of its two models. options: relay()'s arguments of the same names."""
 
+    def __init__(self, slm, llm, tokenizer, rows, bar, options):
+        self.tokenizer, self.bar, self.options = tokenizer, bar, options
+        self.slm, self.llm = Reader(slm), None if llm is None else Reader(llm)    # without an LLM nobody ever waits
+        self.known = torch.tensor(tokenizer.known, device=slm.embed.weight.device)
+        self.banned = completing(tokenizer, self.known.device) if options.no_calls else None
+        self.coming = deque(rows)          # (index, prompt, budget, seed) of those that have no place yet
+        self.rows, self.done = {}, {}      # index -> Row, of those that have one; index -> Rollout
 
-def relay_rows(slm, llm, tokenizer, coming, places, on_token, on_end, temperature, llm_temperature, top_p, fixed,
-               router, no_calls):
-    """Write the responses of all rows, turn by turn, `places` of them at once. Returns {index: Rollout}.
+    def write(self):
+        """Write the responses of all rows. Returns {index: Rollout}."""
+        self.renew()
+        while self.rows:
+            self.slm_turn()
+            self.llm_turn()
+        return self.done
 
-    coming: (index, prompt, budget, seed) of each row. Without an LLM nobody ever waits.
-    """
-    known = torch.tensor(tokenizer.known, device=slm.embed.weight.device)
-    banned = completing(tokenizer, known.device) if no_calls else None
-    slm_reader, llm_reader = Reader(slm), Reader(llm) if llm is not None else None
-    readers = [slm_reader, llm_reader] if llm_reader else [slm_reader]
-    rows, done = {}, {}                                    # index -> Row, of those that have a place; -> Rollout
-    high, low = router or (math.inf, -math.inf)
+    def slm_turn(self):
+        """The SLM writes until every row waits for the LLM; or, where more rows are to come, until most wait: those
+        hold places that others could take."""
+        o, turn = self.options, dict(self.rows)
+        while turn:
+            drawn = self.draw(self.slm, turn, o.temperature, o.top_p, self.banned)
+            for r, row, token, logprob, nats in drawn:
+                if self.llm and o.router and nats > o.router[0]:      # what it drew is not written
+                    row.call(row.left, row.left)                      # until the LLM is sure: see llm_turn()
+                    continue
+                self.append(r, row, token, False, logprob)
+                n = row.find_command(self.tokenizer.token_bytes[token])
+                if n is not None and self.llm and not o.router and not row.out.end:
+                    row.call(n, n if o.fixed is None else o.fixed)
+            came = self.renew()
+            turn = {r: row for r, row, *_ in drawn if not row.owed and not row.out.end} | came
+            if self.coming and 2 * len(turn) < len(self.rows):
+                break
 
-    def renew():
+    def llm_turn(self):
+        """The LLM serves all rows that wait, as one batch."""
+        o, turn = self.options, {r: row for r, row in self.rows.items() if row.owed}
+        for r, row in turn.items():
+            new = row.out.tokens[row.since:]                          # what it has not been fed
+            self.llm.feed(r, new if o.router else without_commands(new, self.tokenizer))    # a router's are text
+        while turn:
+            drawn = self.draw(self.llm, turn, o.llm_temperature)
+            for r, row, token, _, nats in drawn:
+                self.append(r, row, token, True)
+                if o.router and nats < o.router[1]:
+                    row.owed = 0
+            self.renew()                                              # who comes now waits for the SLM's turn
+            turn = {r: row for r, row, *_ in drawn if row.owed and not row.out.end}
+
+    def draw(self, reader, turn, temperature, top_p=1.0, banned=None):
+        """One step of a model for the rows of `turn`, {index: Row}. Returns [(index, Row, sampled id, its
+        log-probability, entropy if a router asks)]. banned: see completing()."""
+        (order, logits), drawn = reader.step(list(turn)), []
+        for some, in few_rows(logits):
+            part = order[len(drawn):len(drawn) + len(some)]
+            rows = [turn[r] for r in part]
+            logprobs = log_softmax(some, self.known, temperature)
+            if banned is not None:
+                opening = banned[[begun(row.tail) for row in rows]]                    # (B, N)
+                logprobs = torch.log_softmax(logprobs.masked_fill(opening, -torch.inf), dim=-1)
+            ids = sample(logprobs, [row.uniforms.item(len(row.out.tokens)) for row in rows], temperature, top_p)
+            chosen = logprobs.gather(-1, ids[:, None].to(logprobs.device))[:, 0].tolist()
+            need(not any(map(math.isnan, chosen)),         # where one is, all of its row are: nothing could be sampled
+                 "a model's logits are not finite at this --temperature and --dtype (float16 overflows)")
+            nats = entropy(logprobs).tolist() if self.options.router else [0.0] * len(part)
+            drawn += zip(part, rows, ids.tolist(), chosen, nats)
+        return drawn
+
+    def append(self, r, row, token, by_llm, logprob=0.0):
+        """Add a token to a row; who wrote it has it already, the other model has to read it."""
+        row.append(token, by_llm, logprob, self.tokenizer.end_ids)
+        if by_llm:
+            self.llm.feed(r, [token], own=True)
+        self.slm.feed(r, [token], own=not by_llm)
+        self.bar.update()
+        if self.options.on_token:
+            self.options.on_token(r, token, by_llm)
+
+    def renew(self):
         """Take the rows that have ended out, and let others in. Returns those that came, {index: Row}.
 
         They come when an eighth of the places is free: to read the prompt of one takes as long as of several.
         """
-        if ended := [r for r, row in rows.items() if row.out.end]:
+        readers = [self.slm, self.llm] if self.llm else [self.slm]
+        if ended := [r for r, row in self.rows.items() if row.out.end]:
             for r in ended:
-                out = done[r] = rows.pop(r).out
-                cost = slm_reader.cost(r) + (llm_reader.cost(r) if llm_reader else (0, 0))
-                out.cost = dict(zip(("slm_prefill", "slm_decode", "llm_prefill", "llm_decode"), cost))
-                on_end(r, out)
+                row = self.rows.pop(r)
+                cost = self.slm.cost(r) + (self.llm.cost(r) if self.llm else (0, 0))
+                row.out.cost = dict(zip(("slm_prefill", "slm_decode", "llm_prefill", "llm_decode"), cost))
+                self.done[r] = row.out
+                self.bar.total -= row.left                 # what it leaves of its budget is not waited for
+                if self.options.on_end:
+                    self.options.on_end(r, row.out)
             for reader in readers:
                 reader.drop(ended)
-        free, came = places - len(rows), {}
-        while coming and len(came) < free and free >= places / 8:
-            r, prompt, budget, seed = coming.popleft()
-            came[r] = rows[r] = Row(prompt, budget, seed)
+        free, came = self.options.places - len(self.rows), {}
+        while self.coming and len(came) < free and free >= self.options.places / 8:
+            r, prompt, budget, seed = self.coming.popleft()
+            came[r] = self.rows[r] = Row(prompt, budget, seed)
             for reader in readers:
                 reader.begin(r, prompt)
         return came
-
-    def slm_turn():
-        """The SLM writes until every row waits for the LLM; or, where more rows are to come, until most wait: those
-        hold places that others could take."""
-        turn = dict(rows)
-        while turn:
-            drawn = draw(slm_reader, turn, known, temperature, top_p, banned, router)
-            for r, row, token, logprob, nats in drawn:
-                if nats > high and llm_reader:             # what it drew is not written
-                    row.call(row.left, row.left)           # until the LLM is sure, below
-                    continue
-                row.append(token, False, logprob, tokenizer.end_ids)
-                slm_reader.feed(r, [token], own=True)
-                on_token(r, token, False)
-                n = row.find_command(tokenizer.token_bytes[token])
-                if n is not None and llm_reader and not router and not row.out.end:
-                    row.call(n, n if fixed is None else fixed)
-            came = renew()
-            turn = {r: row for r, row, *_ in drawn if not row.owed and not row.out.end} | came
-            if coming and 2 * len(turn) < len(rows):
-                break
-
-    def llm_turn():
-        """The LLM serves all rows that wait, as one batch."""
-        turn = {r: row for r, row in rows.items() if row.owed}
-        for r, row in turn.items():
-            new = row.out.tokens[row.since:]               # what it has not been fed
-            llm_reader.feed(r, new if router else without_commands(new, tokenizer))   # a router's commands are text
-        while turn:
-            drawn = draw(llm_reader, turn, known, llm_temperature, router=router)
-            for r, row, token, _, nats in drawn:
-                row.append(token, True, 0.0, tokenizer.end_ids)
-                llm_reader.feed(r, [token], own=True)
-                slm_reader.feed(r, [token])
-                on_token(r, token, True)
-                if nats < low:
-                    row.owed = 0
-            renew()                                        # who comes now waits for the SLM's turn
-            turn = {r: row for r, row, *_ in drawn if row.owed and not row.out.end}
-
-    renew()
-    while rows:
-        slm_turn()
-        llm_turn()
-    return done
 
 
 def plain_text(rollout, tokenizer):
@@ -619,16 +631,6 @@ class Run:
     def command_line(self, script, *more):
         """What to type for a script on this run. more: what real models need besides."""
         return shlex.join(["python", script, "--run", self.path.as_posix(), *([] if self.toy else more)])
-
-
-@contextmanager
-def token_bar(label, answers, budget, leave=True):
-    """A progress bar over the tokens of so many answers of at most `budget` each. Yields relay()'s on_token and on_end:
-    what an answer leaves of its budget is not waited for."""
-    with progress_bar(total=answers * budget, desc=label, unit="token", unit_scale=True, leave=leave) as bar:
-        def on_end(row, rollout):
-            bar.total -= budget - len(rollout.tokens)
-        yield lambda *_: bar.update(), on_end
 
 
 def glibc(function, *numbers):

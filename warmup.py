@@ -42,7 +42,7 @@ from tqdm import tqdm
 from data import Tokenizer, load_questions, save_toy_tokenizer, split_of, toy_questions, with_asides
 from model import Grid, Transformer, digest, need, parse_config, progress_bar, read_config, save
 from relay import (Run, WrongArguments, command, entropy, few_rows, fill_in, give_back, graded, hear_signals, load_pair,
-                   log_softmax, machine, parser, positive, relay, run_script, show_presets, small_models, token_bar)
+                   log_softmax, machine, parser, positive, relay, run_script, show_presets, small_models)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -460,10 +460,9 @@ def write_answers(slm, llm, tokenizer, questions, args, label, keep=lambda quest
     """
     (rank, size), n = world(), len(questions)
     mine, numbers = range(rank * n // size, (rank + 1) * n // size), numbers or range(n)
-    with token_bar(label, len(mine), args.max_new_tokens, leave=label not in ("check", "filter")) as (on_token, on_end):
-        options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, batch=args.batch,
-                       seed=[(args.seed, numbers[i]) for i in mine], on_token=on_token, on_end=on_end) | options
-        rollouts = relay(slm, llm, tokenizer, [tokenizer.chat(questions[i].text) for i in mine], **options)
+    options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, batch=args.batch, label=label,
+                   seed=[(args.seed, numbers[i]) for i in mine]) | options
+    rollouts = relay(slm, llm, tokenizer, [tokenizer.chat(questions[i].text) for i in mine], **options)
     return sum(meet([keep(questions[i], rollout) for i, rollout in zip(mine, rollouts)]), [])
 
 
