@@ -42,7 +42,7 @@ import numpy as np
 from data import load_questions, split_of, toy_questions
 from model import digest, fingerprint, load, need, write_beside, write_json
 from relay import (Call, Rollout, Run, WrongArguments, command, figures, fill_in, is_right, load_pair, machine, means,
-                   parser, plain_text, positive, relay, run_script, show_presets, token_bar)
+                   parser, plain_text, positive, relay, run_script, show_presets)
 
 TOY = dict(temperature=0.7, max_new_tokens=96, limit=1000, fixed=[1, 4, 9])
 REAL = dict(temperature=0.0, max_new_tokens=8192, fixed=[20, 100, 500])
@@ -82,8 +82,7 @@ class Answers:
         keys = [digest([settings, (args.seed, n), prompt]) for n, prompt in enumerate(prompts)]
         missing = [n for n, key in enumerate(keys) if key not in self.records]
         last = time.perf_counter()
-        with (token_bar(method, len(missing), args.max_new_tokens) as (on_token, on_end),
-              open(self.path, "a", encoding="utf-8") as file):
+        with open(self.path, "a", encoding="utf-8") as file:
 
             def keep(i, r):
                 nonlocal last
@@ -91,10 +90,9 @@ class Answers:
                 self.records[keys[n]] = dict(key=keys[n], method=method, index=n, tokens=r.tokens, calls=r.calls,
                                              end=r.end, cost=r.cost, seconds=last - before)
                 print(json.dumps(self.records[keys[n]]), file=file, flush=True)
-                on_end(i, r)
 
-            relay(writer, helper, tokenizer, [prompts[n] for n in missing], on_token=on_token, on_end=keep,
-                  batch=args.batch, seed=[(args.seed, n) for n in missing], **options)
+            relay(writer, helper, tokenizer, [prompts[n] for n in missing], on_end=keep, batch=args.batch,
+                  seed=[(args.seed, n) for n in missing], label=method, **options)
         rollouts, records = [], [self.records[key] for key in keys]
         for record, prompt in zip(records, prompts):
             by_llm, calls = [False] * len(record["tokens"]), [Call(*call) for call in record["calls"]]

@@ -165,7 +165,7 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
     mine = range(rank, len(questions), size)
     prompts = [tokenizer.chat(questions[i].text) for i in mine for _ in range(args.group)]
     flat = relay(policy, llm, tokenizer, prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                 llm_temperature=args.llm_temperature, batch=args.batch, on_token=on_token,
+                 llm_temperature=args.llm_temperature, batch=args.batch, on_token=on_token, label="roll-outs",
                  seed=[(args.seed, step, i, g) for i in mine for g in range(args.group)])
     groups = [flat[at:at + args.group] for at in range(0, len(flat), args.group)]    # by index, never by text
     right, called, reward = score([questions[i] for i in mine], groups, tokenizer, args)

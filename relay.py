@@ -6,10 +6,10 @@ and the SLM goes on from there (RelayLLM, arXiv 2601.05167, section 3). There is
     SLM's context:  prompt  ... One costs<call>1</call> 26 coins. So 3 cost ...
     LLM's context:  prompt  ... One costs               26 coins. So 3 cost ...   (from 26 on: read at the next call)
 
-Three rules make it exact and cheap.
+Three rules make it exact and cheap:
   1. A model reads each token once. For every row it has a KV cache and a list of tokens that it has still to read; one
-     operation, Reader.step(), serves prompt, catch-up after the other model's turn, and decoding. A hand-off costs the
-     tokens since the last one, never the whole context. A row that never calls costs the LLM nothing.
+     operation, Reader.step(), serves prompt, catch-up after the other model's turn, and decoding. So a hand-off costs
+     the tokens since the last one, and a row that never calls costs the LLM nothing.
   2. Tokens cross, not text. What the LLM writes enters the SLM's context as those very tokens. What the SLM wrote
      reaches the LLM token by token, but for the commands; where a command shares a token with its neighbour's bytes,
      those bytes are encoded again and none is lost.
@@ -17,9 +17,7 @@ Three rules make it exact and cheap.
      a roll-out is the same alone and in any batch (in float32, rounding may decide a near-tie otherwise).
 
 Turns alternate for the whole batch: the SLM runs until every row waits or has ended, then the LLM serves all waiting
-rows as one batch, because its steps are the expensive ones. Where there are more rows than places, a new row takes the
-place of one that has ended (continuous batching), and the LLM's turn comes as soon as most rows wait. Whatever a model
-writes is data; nothing here raises on it.
+rows as one batch, because its steps are the expensive ones. Whatever a model writes is data; nothing raises on it.
 
 Left out: both models at work at the same time (the LLM's batches would be smaller, and a roll-out would depend on the
 clock), and an LLM behind a server (what it would have to offer is what Reader does).
@@ -344,7 +342,7 @@ def relay(slm, llm, tokenizer, prompts, *, max_new_tokens, temperature=0.7, seed
     packed = prepack(slm) if rows else []
     try:
         with progress_bar(total=sum(budget for _, _, budget, _ in rows), desc=label, unit="token", unit_scale=True,
-                          leave=False, disable=label is None) as bar:
+                          delay=1, leave=False, disable=label is None) as bar:      # not for a step of the toy's
             done = Turns(slm, llm, tokenizer, rows, bar, options).write()
     finally:
         forget(packed)
@@ -777,7 +775,7 @@ TOY = dict(temperature=0.7, max_new_tokens=96)
 REAL = dict(temperature=0.7, max_new_tokens=2048)
 
 
-def questions(args, toy):
+def questions_to_show(args, toy):
     """The questions to show, one by one."""
     if args.interactive:
         with suppress(EOFError):                                     # the end of what is typed
@@ -819,7 +817,7 @@ def main():
     device, dtype = machine(args, toy)
     slm, llm, tokenizer = load_pair(args.slm or run.path / trained, args.llm or run.directory("llm"), device, dtype)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    for text in questions(args, toy):
+    for text in questions_to_show(args, toy):
         try:
             need(text.strip(), "the question is empty; give one as an argument, or pipe it in")
             if not args.interactive or not sys.stdin.isatty():       # else it has just been typed

@@ -386,11 +386,11 @@ def end_with_parent():
     """From now on this process ends when the one that started it does: one that is killed could not end it itself."""
     parent = os.getppid()
 
-    def watch():
+    def wait():
         while os.getppid() == parent:
             time.sleep(0.1)
         os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def join_processes(device):
@@ -533,8 +533,8 @@ def main():
     for path in pair.values():
         read_config(path)                      # a wrong directory is named before anything is made
     pool, checks = training_questions(args, args.toy, "warmup", args.samples, args.check)
-    chosen = settings_of(args, pool)
-    if run.finished("warmup", chosen):
+    settings = settings_of(args, pool)
+    if run.finished("warmup", settings):
         print(f"{run.path / 'warmup'} is finished; next: "
               + run.command_line("grpo.py", "--questions", str(args.questions)))
         return
@@ -567,7 +567,7 @@ def main():
     check("warmed up, with the LLM", llm)
     if first:
         save(master, run.path / "warmup", run.directory("slm"))
-        run.finish("warmup", chosen)
+        run.finish("warmup", settings)
     print(f"wrote {run.path / 'warmup'}; next: {run.command_line('grpo.py', '--questions', str(args.questions))}")
 
 
