@@ -101,8 +101,8 @@ class Rollout:
 def log_softmax(logits, known, temperature=1.0):
     """Log-probabilities (..., N) over the tokenizer's N ids, from logits (..., V >= N), at a temperature (0 as 1).
 
-    known: (N,) bool. Checkpoints pad their vocabulary; ids that the tokenizer does not have get probability 0. The
-    sampler and the learner both call this: their log-probabilities agree because they are the same function.
+    known: (N,) bool; ids that the tokenizer lacks (checkpoints pad their vocabulary) get probability 0. Sampler and
+    learner agree because both call this.
     """
     logits = logits[..., :len(known)]
     if known.is_cuda or not known.all():                # on a GPU known.all() would wait for it
@@ -150,8 +150,8 @@ class Text:
     prompt: tuple
     tokens: list        # the prompt, and what followed it so far
     own: list           # for each of those: did this model write it?
-    cached: int = 0     # how many of them are in the cache
-    copied: int = 0     # how many of those another row has read
+    cached: int = 0     # how many of them are in the cache,
+    copied: int = 0     # and how many of these another row has read
 
 
 class Reader:
@@ -185,10 +185,9 @@ class Reader:
         return self.read({row: len(self.texts[row].tokens) for row in rows}, last=True)
 
     def read_prompts(self, new):
-        """Read the prompts of new rows, {row: prompt}, all but their last tokens: equal ones once, the others copy it.
+        """Read the prompts of new rows, {row: prompt}, equal ones once: a question is read once for all its roll-outs.
 
-        So a question is read once for all its roll-outs. Each row reads the last token itself, because it needs the
-        logits after it; and rows that are further on need not be padded to the length of a prompt.
+        All but the last token, which each row reads itself, because it needs the logits after it.
         """
         # prompt -> the first row that has read it, or that will
         holder = {self.texts[row].prompt: row for row in reversed([*self.cache.rows, *new])}
@@ -476,9 +475,9 @@ def is_right(question, rollout, tokenizer):
 
 
 def figures(right, rollouts):
-    """What some answers show, for each figure a sum and what to divide it by: those of several processes add up.
+    """What answers show, for each figure a sum and what to divide it by: those of several processes add up.
 
-    right: is it right?, for each answer. A call is a command to which the LLM delivered at least one token.
+    right: is it right?, for each answer.
     """
     asked = [[call.asked for call in r.served] for r in rollouts]
     values = dict(
@@ -529,8 +528,7 @@ def at_least_zero(kind, most=10**15):
 
 
 def parser(description, example, top_p=False):
-    """An argument parser with the flags that every script has, spelled once. top_p: a flag of those that do not train,
-    since what is learned from must be samples of the model itself."""
+    """The flags that every script has. top_p: also that one; what is learned from must be samples of the whole model."""
     p = Parser(usage=f"{example}\n\n{description}")
     g = p.add_argument_group("what")
     g.add_argument("--run", type=Path, default=Path("runs/toy"), help="where everything of a run lies (runs/toy)")
@@ -557,10 +555,7 @@ def parser(description, example, top_p=False):
 
 
 def show_presets(p, toy, real, **more):
-    """Say in --help what flags are where they are not given: the toy's run, and one that began with real models.
-
-    more: what else is to be said of a flag in this script.
-    """
+    """Say in --help what flags are where they are not given, and `more`: what else is to be said of one here."""
     for action in p._actions:
         action.help += more.get(action.dest, "")
         if action.dest in toy:
