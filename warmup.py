@@ -57,11 +57,8 @@ class Example:
 
 
 def micro_batches(examples, most):
-    """Indices of examples, packed by length into batches of at most `most` tokens, padding and shared ones included (a
-    longer example stands alone).
-
-    The roll-outs of one prompt follow each other, so that a batch that holds several reads it once.
-    """
+    """Indices of examples, packed by length into batches of at most `most` tokens, padding included (a longer example
+    stands alone). The roll-outs of one prompt follow each other, so that a batch that holds several reads it once."""
     length = lambda i: len(examples[i].tokens)
     groups, batches = {}, []
     for i, e in enumerate(examples):
@@ -137,9 +134,8 @@ def token_logprobs(model, examples, known, temperature=1.0, entropies=False):
     """Log-probabilities of all learned tokens, (n,), example by example; with entropies=True the entropies there, too,
     (n,) without a gradient, else an empty tensor.
 
-    Only the positions that predict a learned token pass the output head, HEAD logits at a time. Where there are several
-    such chunks, each one's logits are computed again in the backward pass: with a vocabulary of 152k a batch's would
-    not fit.
+    Only the positions that predict a learned token pass the output head, HEAD logits at a time: with a vocabulary of
+    152k a batch's would not fit. Where that takes several chunks, their logits are computed again in the backward pass.
     """
     tokens, grid, at, targets = pack(examples, model.embed.weight.device)
     hidden = F.embedding(at, model.hidden_states(tokens, grid=grid))           # (n, hidden)
@@ -154,11 +150,8 @@ def token_logprobs(model, examples, known, temperature=1.0, entropies=False):
 
 
 def adamw(model, lr):
-    """The paper's optimizer; lr is set anew at each step (apply_gradient).
-
-    Fused, all of a tensor's step is one operation, without temporaries of its size: at 0.5B on two cores 0.4 s in place
-    of 5.
-    """
+    """The paper's optimizer; apply_gradient() sets lr anew at each step. Fused, a step has no temporaries of a tensor's
+    size: at 0.5B on two cores it takes 0.4 s in place of 5."""
     return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
 
 
@@ -231,10 +224,8 @@ def learning_rate(lr, step, steps, ramp):
 
 
 def supervise(model, optimizer, tokenizer, batches, steps, lr, ramp, most, label, position=0):
-    """One update for each batch, a list of examples; micro-batches of at most `most` tokens.
-
-    label and position (the line on the screen) are the progress bar's. ramp: see learning_rate().
-    """
+    """One update for each batch, a list of examples; micro-batches of at most `most` tokens. label, position (its line
+    on the screen): of the progress bar. ramp: see learning_rate()."""
     known, start, read = torch.tensor(tokenizer.known, device=model.embed.weight.device), time.perf_counter(), 0
     with progress_bar(total=steps, desc=label, unit="step", position=position) as bar:
         for step, examples in enumerate(batches):
@@ -309,9 +300,8 @@ def pretrain_pair(run, args):
 def insert_commands(tokens, tokenizer, rng, max_n):
     """Zero to three commands at distinct random positions of an answer (RelayLLM, section 4.1). Returns the new ids.
 
-    A command may stand before any token of the answer, its end of text included, but not behind the last one: nothing
-    would be left to ask for. n = min(d * 10^k, max_n, tokens behind it): d uniform in 1..9, k in 0..3, or less for a
-    smaller max_n.
+    A command may stand before any token of the answer, its end of text included, but not behind the last one.
+    n = min(d * 10^k, max_n, tokens behind it): d uniform in 1..9, k in 0..3, or less for a smaller max_n.
     """
     out, powers = list(tokens), len(str(max_n))
     for at in sorted(rng.sample(range(len(tokens)), min(rng.randint(0, 3), len(tokens))), reverse=True):
@@ -353,10 +343,8 @@ def world():
 
 
 def start_processes(args):
-    """--gpus N: run this command line in N processes, one per GPU, and exit with them; in each of them just return.
-
-    If one fails the others are stopped: they would wait for it for ever.
-    """
+    """--gpus N: run this command line in N processes, one per GPU, and exit with them; in each of them just return. If
+    one fails the others are stopped: they would wait for it for ever."""
     n, there = args.gpus, torch.cuda.device_count()
     if n == 1 or "RANK" in os.environ:
         return
@@ -453,10 +441,10 @@ def place(path, run):
 
 def write_answers(slm, llm, tokenizer, questions, args, label, keep=lambda question, rollout: rollout, numbers=None,
                   **options):
-    """relay() over questions with the script's settings and a progress bar; each process writes its share.
+    """relay() over questions with the script's settings; each process writes its share. Question i's seed is
+    (args.seed, numbers[i]) (default: i).
 
-    Returns what keep(question, rollout) makes of each; only that is sent to the other processes. Question i draws its
-    random numbers by the seed (args.seed, numbers[i]) (default: i).
+    Returns what keep(question, rollout) makes of each; only that is sent to the other processes.
     """
     (rank, size), n = world(), len(questions)
     mine, numbers = range(rank * n // size, (rank + 1) * n // size), numbers or range(n)
@@ -467,10 +455,7 @@ def write_answers(slm, llm, tokenizer, questions, args, label, keep=lambda quest
 
 
 def training_questions(args, toy, stage, count, checks):
-    """(questions to train on, held-out ones for checks): disjoint by a hash of their text, for every seed.
-
-    They are read before the models, so that a wrong file is found at once.
-    """
+    """(questions to train on, held-out ones for checks): disjoint by a hash of their text, for every seed."""
     rng, count = random.Random(f"{stage} {args.seed}"), min(count, args.limit or count)
     need(args.questions or toy, "real models need --questions FILE", WrongArguments)
     if args.questions is None:
