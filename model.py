@@ -100,8 +100,7 @@ class Grid(NamedTuple):
     """Sequences without padding, for learning: N tokens in one list, and how they stand in rows for attention.
 
     Most of a layer's work looks at one token alone, so it pays to have each token once: no padding, and a prompt that
-    many rows begin with only one time. pack() in warmup.py makes them, and has an example. (F.embedding(i, x) below is
-    x[i], with a faster gradient.)
+    many rows begin with only one time. pack() in warmup.py makes them, and has an example.
     """
     take: torch.Tensor     # (B, T) int64: the place in the list of each row's tokens; anything behind a row's end
     put: torch.Tensor      # (N,) int64: row * T + column where each token stands (one of them: its copies are equal)
@@ -135,8 +134,8 @@ class Layer(nn.Module):
     def attention(self, x, cos, sin, past, grid):
         """Causal attention of the normed x, (B, T, hidden) or (N, hidden), to heads * head_dim numbers a token."""
         c, qkv = self.config, linear(self.qkv, x)
-        if grid is not None:
-            qkv = F.embedding(grid.take, qkv)                                  # (N, ...) to (B, T, ...)
+        if grid is not None:                                                   # (N, ...) to (B, T, ...)
+            qkv = F.embedding(grid.take, qkv)                                  # qkv[grid.take], with a faster gradient
         B, T, _ = qkv.shape
         qkv = qkv.view(B, T, -1, c.head_dim).transpose(1, 2)                   # (B, heads + 2 * kv_heads, T, D)
         qk, v = qkv.split((c.heads + c.kv_heads, c.kv_heads), dim=1)
@@ -157,8 +156,7 @@ class Layer(nn.Module):
             # A decoding step (see below); for one row that needs no mask PyTorch's kernel is the faster one.
             plain = T == 1 and (B > 1 or mask is not None) and two_products_pay(q, c)
             y = (two_products if plain else F.scaled_dot_product_attention)(q, k, v, attn_mask=mask)
-            y = y.reshape(B, c.heads, T, c.head_dim)
-        y = y.transpose(1, 2).reshape(B, T, -1)
+        y = y.reshape(B, c.heads, T, c.head_dim).transpose(1, 2).reshape(B, T, -1)
         return y if grid is None else F.embedding(grid.put, y.flatten(0, 1))   # and back to (N, ...)
 
 
@@ -224,8 +222,7 @@ class Transformer(nn.Module):
     def forward(self, tokens, cache=None, counts=None, last=False):
         """Next-token logits: (B, T, V), or with last=True (B, V), those after each row's last real token alone.
 
-        tokens: (B, T) int64. cache, counts: as in hidden_states(). A long prompt is read with last=True, which never
-        makes its (T, V) logits.
+        tokens: (B, T) int64. cache, counts: as in hidden_states(). last=True never makes a long prompt's (T, V) logits.
         """
         x = self.hidden_states(tokens, cache, counts)
         if last:
@@ -245,36 +242,35 @@ FBGEMM = (X86 and torch.backends.quantized.engine in ("x86", "fbgemm")
 def prepack(model, free=False):
     """Copy weight matrices into the order in which matrix products on x86 CPUs read them. Elsewhere: nothing.
 
-    PyTorch brings a matrix into that order anew for every product, which for the few rows of a decoding step takes
-    longer than the product itself: packed for oneDNN's product, a step of 1 to 32 rows takes a half to two thirds of
-    the time. Float32 weights that came from a checkpoint of 16 bits are packed in half precision, for FBGEMM's product
-    of float32 inputs with them: half as much to read from memory, which is what a step of few rows waits for: it
-    takes a half to 70% of that time. (Matrices of up to 2^16 numbers are in the processor's cache anyway, and left
-    alone.)
+    PyTorch brings a matrix into that order anew for every product, which for few rows takes longer than the product:
+    packed for oneDNN, a decoding step of 1 to 32 rows takes a half to two thirds of the time. Float32 weights that came
+    from a checkpoint of 16 bits are packed in half precision, for FBGEMM: half as much to read from memory, a half to
+    70% of that time. (Matrices of up to 2^16 numbers are in a processor's cache anyway, and left alone.)
 
     The copies do not follow the weights: whoever samples from a model that learns calls forget() with what this
     returns. free=True is for one that does not learn: the originals are freed.
     """
-    packed, dtype = [], model.embed.weight.dtype
-    if not X86 or model.embed.weight.device.type != "cpu" or not (
-            dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    packed, embed = [], model.embed.weight
+    single = embed.dtype == torch.float32
+    if not X86 or embed.device.type != "cpu" or not (
+            single or embed.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return packed
     for matrix in model.matrices():
-        weight = matrix.weight
+        weight, data = matrix.weight, matrix.weight.detach()
         if weight.numel() > 2**16 and not hasattr(weight, "packed"):
-            if FBGEMM and dtype == torch.float32 and fits_half(weight.detach()):
-                weight.packed = torch.ops.quantized.linear_prepack_fp16(weight.detach(), getattr(matrix, "bias", None))
+            if FBGEMM and single and fits_half(data):
+                weight.packed = torch.ops.quantized.linear_prepack_fp16(data, getattr(matrix, "bias", None))
             else:
-                weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+                weight.packed = torch.ops.mkldnn._reorder_linear_weight(data)
             packed.append(weight)
-            if free and matrix is not model.embed:         # whose rows are still looked up
-                weight.data = weight.data.new_zeros(1).expand(weight.shape)
+            if free and weight is not embed:               # whose rows are still looked up
+                weight.data = data.new_zeros(1).expand(data.shape)
     return packed
 
 
 def fits_half(weight):
-    """Whether half precision holds these float32 numbers to 2^-25 (3e-8): it has more digits than bfloat16, and fewer
-    only for numbers below 2^-17. Weights that have learnt in float32 do not fit."""
+    """Whether half precision holds these float32 numbers to 2^-25 (3e-8), as it does those of bfloat16 down to 2^-17.
+    Weights that have learnt in float32 do not fit."""
     return all((part.half().float() - part).abs().max() <= 2**-25 for part in weight.split(256))
 
 
@@ -310,43 +306,35 @@ class Cache:
         self.like = model.embed.weight          # for its device and dtype
         self.records = self.like.is_cuda        # see RecordedStep
         self.block = 128 if self.records else block
-        self.taken, self.steps = Counter(), {}  # number of slots -> decoding steps taken with it; their RecordedStep
-        self.rows = []                          # slot -> row
-        self.lengths = []                       # slot -> tokens held
-        self.layers = [self.like.new_zeros(2, 0, self.config.kv_heads, 0, self.config.head_dim)
-                       for _ in range(self.config.layers)]
+        self.rows, self.lengths = [], []        # slot -> row; slot -> tokens held
+        self.layers = [self.like.new_zeros(2, 0, self.config.kv_heads, 0, self.config.head_dim)] * self.config.layers
+        self.resize(0, 0)
 
     def resize(self, slots, tokens):
         """Reallocate to this many slots and tokens, one layer after the other: never two whole caches at once."""
-        n, capacity = len(self.rows), -(-tokens // self.block) * self.block      # whole blocks
-        for i, old in enumerate(self.layers):
-            new = old.new_zeros(2, slots, old.shape[2], capacity, old.shape[4])
-            kept = min(capacity, old.shape[3])
-            new[:, :n, :, :kept] = old[:, :n, :, :kept]
-            self.layers[i] = new
-        self.taken, self.steps = Counter(), {}
+        capacity = -(-tokens // self.block) * self.block                         # whole blocks
+        for i, kv in enumerate(self.layers):                                     # a negative number cuts off
+            self.layers[i] = F.pad(kv, (0, 0, 0, capacity - kv.shape[3], 0, 0, 0, slots - kv.shape[1]))
+        self.taken, self.steps = Counter(), {}  # number of slots -> decoding steps taken with it; their RecordedStep
 
     def arrange(self, rows):
         """Bring `rows` to the first slots (any order among them), new rows with length 0. Returns them slot by slot."""
         if rows == self.rows[:len(rows)]:       # as in most steps: nobody came, left or waits
             return rows
-        here, wanted, n = set(self.rows), set(rows), len(rows)
+        here, wanted, n, first = set(self.rows), set(rows), len(rows), len(self.rows)
         new = [row for row in rows if row not in here]
-        _, slots, _, capacity, _ = self.layers[0].shape
-        if len(self.rows) + len(new) > slots:
-            self.resize(len(self.rows) + len(new), capacity)
-        if new:
-            for kv in self.layers:              # what an earlier row left here may have overflowed
-                kv[:, len(self.rows):len(self.rows) + len(new)] = 0
         self.rows, self.lengths = self.rows + new, self.lengths + [0] * len(new)
+        if len(self.rows) > self.layers[0].shape[1]:
+            self.resize(len(self.rows), self.layers[0].shape[3])
         out = [slot for slot in range(n) if self.rows[slot] not in wanted]     # stand in front, have to leave
         back = [slot for slot in range(n, len(self.rows)) if self.rows[slot] in wanted]
-        to, source = out + back, back + out     # slot to[i] takes what slot source[i] holds, all at once
-        if to:
-            for kv in self.layers:
-                kv[:, to] = kv[:, source]
-            for slot, held in zip(to, [(self.rows[s], self.lengths[s]) for s in source]):
-                self.rows[slot], self.lengths[slot] = held
+        for kv in self.layers:
+            kv[:, first:len(self.rows)] = 0     # what an earlier row left here may have overflowed
+            if out:
+                kv[:, out + back] = kv[:, back + out]
+        for one, other in zip(out, back):
+            for held in (self.rows, self.lengths):
+                held[one], held[other] = held[other], held[one]
         return self.rows[:n]
 
     def copy(self, source, rows, length):
@@ -368,10 +356,8 @@ class Cache:
             self.resize(len(kept), max(self.lengths, default=0))
 
     def open(self, T, counts):
-        """Make room for T more tokens in the first slots, of which the first counts[i] of slot i are to stay.
-
-        Returns their positions (B, T), and what each layer's attention calls (see access).
-        """
+        """Make room for T more tokens in the first slots, of which the first counts[i] of slot i are to stay. Returns
+        their positions (B, T), and what each layer's attention calls (see access)."""
         lengths, device = self.lengths[:len(counts)], self.like.device
         width = max(lengths) + T
         if width > self.layers[0].shape[3]:
@@ -421,14 +407,14 @@ class Cache:
 # Faster decoding (skip it on a first reading)
 
 WIDE = hasattr(torch.ops.aten.bmm, "dtype") and torch.version.hip is None    # products of 16 bits kept in 32, on CUDA
+RECORD = 4      # the 4th decoding step of a given number of rows is recorded: that takes the time of two steps
 
 
 def two_products(q, k, v, attn_mask):
     """F.scaled_dot_product_attention written out, softmax(q k^T D^-0.5 + mask) v: for one new token a row.
 
-    PyTorch's kernels are made for many queries, and on a GPU take for one up to five times as long. q: (B, kv_heads,
-    heads / kv_heads, D). k, v: (B, kv_heads, W, D). attn_mask: (B, 1, 1, W), or None. Inputs of 16 bits have their
-    scores in float32.
+    PyTorch's kernels are made for many queries, and on a GPU take for one up to five times as long. Scores of 16 bits
+    are kept in 32. q: (B, kv_heads, heads / kv_heads, D). k, v: (B, kv_heads, W, D). attn_mask: (B, 1, 1, W), or None.
     """
     product = partial(torch.bmm, out_dtype=torch.float32) if q.dtype.itemsize == 2 else torch.bmm
     scores = product(q.flatten(0, 1), k.flatten(0, 1).mT).unflatten(0, q.shape[:2])       # (B, H, T, W)
@@ -438,8 +424,8 @@ def two_products(q, k, v, attn_mask):
 
 
 def two_products_pay(q, config):
-    """Whether two_products() is faster and as exact. Qwen2's biases make keys so large that the ten bits of TF32, in
-    which the scripts let a GPU multiply float32, would be felt."""
+    """Whether two_products() is faster and as exact. Qwen2's biases make keys too large for the ten bits of TF32, in
+    which the scripts let a GPU multiply float32."""
     if q.dtype.itemsize == 2:
         return q.is_cuda and WIDE
     if q.is_cuda:
@@ -447,16 +433,12 @@ def two_products_pay(q, config):
     return q.device.type == "cpu" and torch.get_num_threads() > 1      # with one it takes as long
 
 
-RECORD = 4      # the 4th decoding step of a given number of rows is recorded: that takes the time of two steps
-
-
 class RecordedStep:
     """A decoding step, one token a row, recorded on a CUDA GPU and then replayed (a CUDA graph).
 
-    A step launches some 25 operations a layer. For a small model, and for few rows, the CPU takes several times as
-    long to launch them as the GPU to compute them; a graph is launched as one. It holds for the cache's tensors as they
-    are, so they grow in larger blocks there. Slots behind the rows of a batch compute too: what they store stands
-    behind their row's length, where its next token will overwrite it.
+    A step launches some 25 operations a layer, which for a small model or few rows takes several times as long as they
+    do; a graph is launched as one. It holds for the cache's tensors as they are, so they grow in larger blocks there.
+    Slots behind the batch compute too: what they store stands behind their row's length, until its next token comes.
     """
     records = False     # while the step is recorded this is the cache of hidden_states(): nothing to replay yet
 
@@ -560,9 +542,8 @@ def parse_config(raw, path):
             vocab_size=number("vocab_size"), hidden=hidden, ffn=number("intermediate_size"),
             layers=number("num_hidden_layers"), heads=heads, kv_heads=number("num_key_value_heads", heads),
             head_dim=number("head_dim", 128 if kind == "qwen3" else max(hidden // heads, 1)),
-            context=number("max_position_embeddings", 2048),
+            context=number("max_position_embeddings", 2048), rope_scaling=None if scaling == "default" else rope,
             rope_theta=float(number("rope_theta", 10000.0, (int, float), rope if rope.get("rope_theta") else raw)),
-            rope_scaling=None if scaling == "default" else rope,
             norm_eps=float(number("rms_norm_eps", 1e-6, (int, float))),
             qkv_bias=biased or kind == "qwen2",           # Qwen2 always has them, and its config does not say so
             o_bias=biased and kind != "qwen2", mlp_bias=bool(raw.get("mlp_bias")), qk_norm=kind == "qwen3",
@@ -575,31 +556,27 @@ def parse_config(raw, path):
 def read_safetensors(path):
     """The tensors of a safetensors file, {name: tensor}, memory-mapped: nothing is read before it is used.
 
-    After a header of unusual length they lie at addresses that their dtype forbids: copy before computing (see load).
-
     The file: 8 bytes, little-endian, the header's length; the header, JSON: {name: {dtype, shape, data_offsets}};
-    then the tensors, end to end without holes. ValueError with one line for everything that departs from it.
+    then the tensors, end to end without holes. ValueError with one line for everything that departs from it. After a
+    header of unusual length they lie at addresses that their dtype forbids: copy before computing (see load).
     """
     with naming(path):
         data = np.memmap(path, np.uint8, "c")                            # copy on write: nobody changes the file
         start = 8 + int.from_bytes(data[:8], "little")
         need(start <= min(100_000_008, len(data)),                       # the format's own limit, and the file's
              f"header of {start - 8} bytes in a file of {len(data)}")
-        header, tensors, end = json.loads(data[8:start].tobytes().decode("utf-8")), {}, 0
+        header, tensors, end = json.loads(data[8:start].tobytes().decode()), {}, 0
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            need(entry["dtype"] in DTYPES,
-                 f"tensor {name!r} has dtype {entry['dtype']!r} (supported: {', '.join(DTYPES)})")
-            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-            need(isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
-                 and math.prod(n or 1 for n in shape) < 2**48, f"tensor {name!r} has no sane shape")
-            count, begin = math.prod(shape), end                         # it begins where the one before it ends
-            end += count * dtype.itemsize
+            kind, shape = entry["dtype"], entry["shape"]
+            need(kind in DTYPES, f"tensor {name!r} has dtype {kind!r} (supported: {', '.join(DTYPES)})")
+            need(isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**48 for n in shape),
+                 f"tensor {name!r} has no sane shape")
+            begin, end = end, end + math.prod(shape) * DTYPES[kind].itemsize    # it begins where the one before it ends
             need(entry["data_offsets"] == [begin, end] and {*map(type, entry["data_offsets"])} == {int}
                  and start + end <= len(data),
                  f"tensor {name!r} should fill bytes {begin} to {end} behind the header, without overlap or hole")
-            tensors[name] = (torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin) if count
-                             else torch.empty(0, dtype=dtype)).view(shape)
+            tensors[name] = torch.from_numpy(data[start + begin:start + end]).view(DTYPES[kind]).view(shape)
         need(start + end == len(data), f"{len(data) - start - end} bytes behind its last tensor")
     return tensors
 
