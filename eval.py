@@ -74,10 +74,10 @@ class Answers:
         if text and not text.endswith("\n"):
             write_beside(path, lambda file: file.write(text.encode() + b"\n"))
 
-    def write(self, method, writer, helper, marks, tokenizer, questions, args, **options):
-        """Returns (roll-outs, the seconds of all of them). writer, helper: models; marks: their fingerprints."""
+    def write(self, method, writer, helper, fingerprints, tokenizer, questions, args, **options):
+        """Returns (roll-outs, the seconds of all of them). writer, helper: models."""
         options |= {key: getattr(args, key) for key in ("temperature", "top_p", "llm_temperature", "max_new_tokens")}
-        settings = dict(options, marks=marks, dtypes=[str(m.embed.weight.dtype) for m in (writer, helper) if m])
+        settings = dict(options, models=fingerprints, dtypes=[str(m.embed.weight.dtype) for m in (writer, helper) if m])
         prompts = [tokenizer.chat(question.text) for question in questions]
         keys = [digest([settings, (args.seed, n), prompt]) for n, prompt in enumerate(prompts)]
         missing = [n for n, key in enumerate(keys) if key not in self.records]
@@ -112,7 +112,7 @@ class Table:
         """paths: {name: model directory}, at least slm and llm."""
         self.questions, self.answers, self.args = questions, answers, args
         self.load = lambda name: load(paths[name], device, dtype)
-        self.mark = functools.cache(lambda name: fingerprint(paths[name]))
+        self.fingerprint = functools.cache(lambda name: fingerprint(paths[name]))
         slm, llm, self.tokenizer = load_pair(paths["slm"], paths["llm"], device, dtype)
         self.models = dict(slm=slm, llm=llm)                   # any other is loaded for each of its rows
         self.rows, self.right, self.pairs = {}, {}, {}         # of each method; right: a share for each question,
@@ -124,8 +124,8 @@ class Table:
         repeat = 1 if questions else args.repeat
         asked = [q for q in questions or self.questions for _ in range(repeat)]            # one for each answer
         models = self.models.get(writer) or self.load(writer), self.models.get(helper)
-        marks = [self.mark(name) if name else None for name in (writer, helper)]
-        rollouts, seconds = self.answers.write(method, *models, marks, self.tokenizer, asked, args, **options)
+        fingerprints = [self.fingerprint(name) if name else None for name in (writer, helper)]
+        rollouts, seconds = self.answers.write(method, *models, fingerprints, self.tokenizer, asked, args, **options)
         if method == "llm":
             for r in rollouts:
                 r.by_llm = [True] * len(r.tokens)

@@ -349,6 +349,13 @@ def only_one(out):
     return lock
 
 
+def open_metrics(out, history):
+    """metrics.jsonl, to be appended to: it has the steps of the checkpoint, since those after it are done again."""
+    lines = "".join(json.dumps(metrics) + "\n" for metrics in history)
+    write_beside(out / "metrics.jsonl", lambda file: file.write(lines.encode()))
+    return open(out / "metrics.jsonl", "a", encoding="utf-8")
+
+
 def delete_checkpoints(out, but=None):
     """Delete all checkpoints, or all but one."""
     if not but:
@@ -414,7 +421,7 @@ def watch(history):
 def train(history, questions, held_out, policy, reference, llm, tokenizer, optimizer, signals, keep, log, args):
     """Steps until args.steps are done or a signal asks to stop. The metrics of each are appended to `history`.
 
-    signals: a list that a signal makes longer. log(metrics) writes a step's line; keep() writes a checkpoint.
+    signals: a list that a signal makes longer. log: the file of metrics. keep() writes a checkpoint.
     """
     known, told = torch.tensor(tokenizer.known, device=policy.embed.weight.device), None
     stream = itertools.islice(endless(questions, args.seed), len(history) * args.questions_per_step, None)
@@ -440,7 +447,7 @@ def train(history, questions, held_out, policy, reference, llm, tokenizer, optim
             shown = graded(held_out, answers, tokenizer)
             metrics |= {f"eval_{name}": shown[name] for name in ("accuracy", "call_rate", "rho")}
         history.append({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()})
-        log(history[-1])
+        print(json.dumps(history[-1]), file=log, flush=True)
         bar.set_postfix({key: metrics[key] for key in ("accuracy", "call_rate", "rho", "length")}, refresh=False)
         bar.update()
         if step % 20 == 0:
@@ -464,16 +471,17 @@ def train(history, questions, held_out, policy, reference, llm, tokenizer, optim
 def main():
     args, run = arguments()
     out, source = run.path / args.variant, args.slm or run.path / "warmup"
+    following = run.command_line("eval.py", "--questions", "TEST_FILE") + " --all" * (args.variant != "grpo")
     if run.has(args.variant):
         need(args.resume, f"{out} is there already; choose another --run, or delete it")
         delete_checkpoints(out)                # the run may have been killed between finish() and this
-        print(f"{out} is finished; next: {run.command_line('eval.py', '--questions', 'TEST_FILE')}")
+        print(f"{out} is finished; next: {following}")
         return
     questions, held_out = training_questions(args, run.toy, "grpo", args.pool, args.eval_questions)
-    chosen = settings_of(args, questions) | dict(weights_at_start=fingerprint(source)[:12])
+    settings = settings_of(args, questions) | dict(weights_at_start=fingerprint(source)[:12])
     run.open()
     out.mkdir(exist_ok=True)
-    history, folder = last_checkpoint(out, chosen)
+    history, folder = last_checkpoint(out, settings)
     need(args.resume or not folder, f"{out} holds an unfinished training; go on with --resume, or delete it")
     done = len(history)
     start_processes(args)
@@ -492,30 +500,25 @@ def main():
     questions, held_out = (short(some, tokenizer, policy, llm) for some in (questions, held_out))
     questions = filter_questions(questions, llm, helper, tokenizer, args, run.path / "filter.json")
     need(questions, "the LLM solves none of the questions; give easier ones, or --filter-samples 0")
-    keep = lambda: first and save_checkpoint(out, history, master, optimizer, source, chosen)
-    if first:                                  # the steps after these are done again
-        lines = "".join(json.dumps(metrics) + "\n" for metrics in history)
-        write_beside(out / "metrics.jsonl", lambda file: file.write(lines.encode()))
-    file = open(out / "metrics.jsonl" if first else os.devnull, "a", encoding="utf-8")
-    log = lambda metrics: print(json.dumps(metrics), file=file, flush=True)
+    keep = lambda: first and save_checkpoint(out, history, master, optimizer, source, settings)
+    log = open_metrics(out, history) if first else open(os.devnull, "w")
     signals = []
     hear_signals(lambda *_: signals.append(True))
     train(history, questions, held_out, policy, reference, None if args.no_teacher else llm, tokenizer, optimizer,
           signals, keep, log, args)
     if len(history) < args.steps:
-        if len(history) > len(last_checkpoint(out, chosen)[0]):    # one that is there is not endangered
+        if len(history) > len(last_checkpoint(out, settings)[0]):    # one that is there is not endangered
             keep()
         meet()                                             # who leaves first has the others killed
         sys.exit(f"grpo.py: stopped after step {len(history)}; go on with --resume" if first else 1)
     if first:
         save(master, out, source)
-        run.finish(args.variant, chosen)
+        run.finish(args.variant, settings)
         delete_checkpoints(out)
     total = lambda key: sum(m[key] for m in history[done:])
     sampled = total("length") * args.questions_per_step * args.group / max(1e-9, total("sample_seconds"))
     print(f"sampled {sampled:,.0f} tokens/s; learned for {total('learn_seconds'):,.0f} s")
-    print(f"wrote {out}; next: {run.command_line('eval.py', '--questions', 'TEST_FILE')}"
-          + ("" if args.variant == "grpo" else " --all"))
+    print(f"wrote {out}; next: {following}")
 
 
 if __name__ == "__main__":

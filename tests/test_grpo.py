@@ -1,5 +1,6 @@
 """GRPO: the reward table, advantages, the loss, and what one update does."""
 import copy
+import io
 import itertools
 import json
 import math
@@ -843,16 +844,18 @@ def trained(monkeypatch, norms):
         return dict(step=step, accuracy=0.5, call_rate=0.5, rho=0.1, asked=None, length=9.0, reward=float("nan"),
                     grad_norm=math.nan if norm is None else norm, skipped=int(norm is not None and norm != norm)), []
 
-    history, kept = [], []
+    history, kept, log = [], [], io.StringIO()
 
     monkeypatch.setattr(grpo, "train_step", step)
     args = settings(steps=len(norms), questions_per_step=1, lr=1e-3, ramp=None, eval_every=0, updates=1,
                     save_every=1, seed=0)
     try:
         grpo.train(history, ["a", "b"], [], tiny("qwen3"), None, None, ByteTokenizer(), None,
-                   [], lambda: kept.append(len(history)), lambda metrics: json.dumps(metrics, allow_nan=False), args)
+                   [], lambda: kept.append(len(history)), log, args)
     except ValueError as error:
         assert "5 steps in a row" in str(error) and "\n" not in str(error)
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in log.getvalue().splitlines()]     # no NaN in JSON
+    assert lines == history
     return len(history), kept
 
 
