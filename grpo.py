@@ -201,6 +201,80 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The training loop
+
+def endless(questions, seed):
+    """The questions of training, one by one: every pass over the pool in its own order."""
+    for epoch in itertools.count():
+        order = list(questions)
+        random.Random(f"order {seed} {epoch}").shuffle(order)
+        yield from order
+
+
+def watch(history):
+    """One line when the last ten steps show a known collapse, else None. (Thresholds: by eye, on runs of the toy.)"""
+    mean = lambda key: sum(m[key] for m in history[-10:]) / 10
+    if len(history) < 10:
+        return None
+    if mean("call_rate") < 0.005:
+        return "warning: the model has stopped calling; the warm-up was too weak, or it guesses too well"
+    if mean("call_rate") > 0.95 and mean("student_solvable") < 0.1:
+        return "warning: nearly every answer calls; hardly a group shows what the model can do alone"
+    if mean("rho") > 0.5:
+        return "warning: the LLM writes more than half of the tokens; the model has collapsed into long calls"
+    if mean("length") > 1.3 * history[0]["length"]:
+        return "warning: answers are 30% longer than at the start; length lowers rho without a use"
+    return None
+
+
+def train(history, questions, held_out, policy, reference, llm, tokenizer, optimizer, signals, keep, log, args):
+    """Steps until args.steps are done or a signal asks to stop. The metrics of each are appended to `history`.
+
+    signals: a list that a signal makes longer. log: the file of metrics. keep() writes a checkpoint.
+    """
+    known, told = torch.tensor(tokenizer.known, device=policy.embed.weight.device), None
+    stream = itertools.islice(endless(questions, args.seed), len(history) * args.questions_per_step, None)
+    bar = progress_bar(total=args.steps, initial=len(history), desc="GRPO", unit="step")
+
+    def stop_sampling(*_):                     # at once; but several processes must agree on the step to stop after
+        if signals and world()[1] == 1:
+            raise KeyboardInterrupt
+
+    while len(history) < args.steps and not add_up(len(signals)):
+        step, lr = len(history) + 1, args.lr   # constant, as in the paper
+        if args.ramp:                          # the toy's falls, and at first rises: no batch is to decide all
+            lr = learning_rate(args.lr, step - 1, args.steps, args.ramp)
+        batch = list(itertools.islice(stream, args.questions_per_step))
+        try:
+            metrics, groups = train_step(step, batch, policy, reference, llm, tokenizer, optimizer, known, lr, args,
+                                         stop_sampling)
+        except KeyboardInterrupt:              # the policy is still that of the last whole step
+            break
+        if held_out and args.eval_every and step % args.eval_every == 0:      # they are neither learned nor reported
+            answers = write_answers(policy, llm, tokenizer, held_out, args, "check", temperature=0.7,
+                                    llm_temperature=args.llm_temperature)     # 0.7: as the toy's table
+            shown = graded(held_out, answers, tokenizer)
+            metrics |= {f"eval_{name}": shown[name] for name in ("accuracy", "call_rate", "rho")}
+        history.append({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()})
+        print(json.dumps(history[-1]), file=log, flush=True)
+        bar.set_postfix({key: metrics[key] for key in ("accuracy", "call_rate", "rho", "length")}, refresh=False)
+        bar.update()
+        if step % 20 == 0:
+            tqdm.write(f"step {step}: {tokenizer.decode(groups[0][0].tokens)}")
+        if llm and (warning := watch(history)) not in (None, told):
+            tqdm.write(warning)
+            told = warning
+        # of each step that had something to learn; None: the gradient was not finite, so no update was taken
+        norms = [m["grad_norm"] for m in history if m["skipped"] or m["grad_norm"] is not None]
+        need(norms[-5:] != [None] * 5,         # the policy is that of the last step that was taken
+             "5 steps in a row had no finite gradient; what was saved before is kept, and --resume goes on from there; "
+             "try a smaller --lr in a new run")
+        if step % args.save_every == 0 and step < args.steps:
+            keep()
+    bar.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Which questions (skip it on a first reading)
 
 FILTERED = 1000   # undecided questions that filter_questions() takes at once; then it writes down how far it has come
@@ -389,80 +463,6 @@ def load_optimizer(optimizer, file):
     except Exception as error:                 # what a damaged file raises depends on where the damage is
         raise ValueError(f"{file}: damaged, or not of this run ({type(error).__name__}); delete {file.parent.parent}, "
                          "or choose another --run") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The training loop
-
-def endless(questions, seed):
-    """The questions of training, one by one: every pass over the pool in its own order."""
-    for epoch in itertools.count():
-        order = list(questions)
-        random.Random(f"order {seed} {epoch}").shuffle(order)
-        yield from order
-
-
-def watch(history):
-    """One line when the last ten steps show a known collapse, else None. (Thresholds: by eye, on runs of the toy.)"""
-    mean = lambda key: sum(m[key] for m in history[-10:]) / 10
-    if len(history) < 10:
-        return None
-    if mean("call_rate") < 0.005:
-        return "warning: the model has stopped calling; the warm-up was too weak, or it guesses too well"
-    if mean("call_rate") > 0.95 and mean("student_solvable") < 0.1:
-        return "warning: nearly every answer calls; hardly a group shows what the model can do alone"
-    if mean("rho") > 0.5:
-        return "warning: the LLM writes more than half of the tokens; the model has collapsed into long calls"
-    if mean("length") > 1.3 * history[0]["length"]:
-        return "warning: answers are 30% longer than at the start; length lowers rho without a use"
-    return None
-
-
-def train(history, questions, held_out, policy, reference, llm, tokenizer, optimizer, signals, keep, log, args):
-    """Steps until args.steps are done or a signal asks to stop. The metrics of each are appended to `history`.
-
-    signals: a list that a signal makes longer. log: the file of metrics. keep() writes a checkpoint.
-    """
-    known, told = torch.tensor(tokenizer.known, device=policy.embed.weight.device), None
-    stream = itertools.islice(endless(questions, args.seed), len(history) * args.questions_per_step, None)
-    bar = progress_bar(total=args.steps, initial=len(history), desc="GRPO", unit="step")
-
-    def stop_sampling(*_):                     # at once; but several processes must agree on the step to stop after
-        if signals and world()[1] == 1:
-            raise KeyboardInterrupt
-
-    while len(history) < args.steps and not add_up(len(signals)):
-        step, lr = len(history) + 1, args.lr   # constant, as in the paper
-        if args.ramp:                          # the toy's falls, and at first rises: no batch is to decide all
-            lr = learning_rate(args.lr, step - 1, args.steps, args.ramp)
-        batch = list(itertools.islice(stream, args.questions_per_step))
-        try:
-            metrics, groups = train_step(step, batch, policy, reference, llm, tokenizer, optimizer, known, lr, args,
-                                         stop_sampling)
-        except KeyboardInterrupt:              # the policy is still that of the last whole step
-            break
-        if held_out and args.eval_every and step % args.eval_every == 0:      # they are neither learned nor reported
-            answers = write_answers(policy, llm, tokenizer, held_out, args, "check", temperature=0.7,
-                                    llm_temperature=args.llm_temperature)     # 0.7: as the toy's table
-            shown = graded(held_out, answers, tokenizer)
-            metrics |= {f"eval_{name}": shown[name] for name in ("accuracy", "call_rate", "rho")}
-        history.append({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()})
-        print(json.dumps(history[-1]), file=log, flush=True)
-        bar.set_postfix({key: metrics[key] for key in ("accuracy", "call_rate", "rho", "length")}, refresh=False)
-        bar.update()
-        if step % 20 == 0:
-            tqdm.write(f"step {step}: {tokenizer.decode(groups[0][0].tokens)}")
-        if llm and (warning := watch(history)) not in (None, told):
-            tqdm.write(warning)
-            told = warning
-        # of each step that had something to learn; None: the gradient was not finite, so no update was taken
-        norms = [m["grad_norm"] for m in history if m["skipped"] or m["grad_norm"] is not None]
-        need(norms[-5:] != [None] * 5,         # the policy is that of the last step that was taken
-             "5 steps in a row had no finite gradient; what was saved before is kept, and --resume goes on from there; "
-             "try a smaller --lr in a new run")
-        if step % args.save_every == 0 and step < args.steps:
-            keep()
-    bar.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -231,66 +231,6 @@ class Transformer(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Faster matrix products on x86 CPUs (skip it on a first reading)
-
-X86 = (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-       and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"))     # private: another release may not have it
-FBGEMM = (X86 and torch.backends.quantized.engine in ("x86", "fbgemm")
-          and hasattr(torch.ops.quantized, "linear_prepack_fp16"))
-
-
-def prepack(model, free=False):
-    """Copy weight matrices into the order in which matrix products on x86 CPUs read them. Elsewhere: nothing.
-
-    PyTorch brings a matrix into that order anew for every product, which for few rows takes longer than the product:
-    packed for oneDNN, a decoding step of 1 to 32 rows takes a half to two thirds of the time. Float32 weights that came
-    from a checkpoint of 16 bits are packed in half precision, for FBGEMM: half as much to read from memory, a half to
-    70% of that time. (Matrices of up to 2^16 numbers are in a processor's cache anyway, and left alone.)
-
-    The copies do not follow the weights: whoever samples from a model that learns calls forget() with what this
-    returns. free=True is for one that does not learn: the originals are freed.
-    """
-    packed, embed = [], model.embed.weight
-    single = embed.dtype == torch.float32
-    if not X86 or embed.device.type != "cpu" or not (
-            single or embed.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return packed
-    for matrix in model.matrices():
-        weight, data = matrix.weight, matrix.weight.detach()
-        if weight.numel() > 2**16 and not hasattr(weight, "packed"):
-            if FBGEMM and single and fits_half(data):
-                weight.packed = torch.ops.quantized.linear_prepack_fp16(data, getattr(matrix, "bias", None))
-            else:
-                weight.packed = torch.ops.mkldnn._reorder_linear_weight(data)
-            packed.append(weight)
-            if free and weight is not embed:               # whose rows are still looked up
-                weight.data = data.new_zeros(1).expand(data.shape)
-    return packed
-
-
-def fits_half(weight):
-    """Whether half precision holds these float32 numbers to 2^-25 (3e-8), as it does those of bfloat16 down to 2^-17.
-    Weights that have learnt in float32 do not fit."""
-    return all((part.half().float() - part).abs().max() <= 2**-25 for part in weight.split(256))
-
-
-def forget(weights):
-    """Drop the packed copies of these weights."""
-    for weight in weights:
-        del weight.packed
-
-
-def linear(matrix, x):
-    """x W^T + b: (..., in) to (..., out), by the packed copy of W where there is one."""
-    packed, bias = getattr(matrix.weight, "packed", None), getattr(matrix, "bias", None)    # an embedding has no bias
-    if packed is None:
-        return F.linear(x, matrix.weight, bias)
-    if isinstance(packed, torch.ScriptObject):             # FBGEMM's, in half precision; the bias is in it
-        return torch.ops.quantized.linear_dynamic_fp16(x, packed)
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The KV cache
 
 class Cache:
@@ -404,7 +344,64 @@ class Cache:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Faster decoding (skip it on a first reading)
+# Faster products and attention, for decoding (skip it on a first reading)
+
+X86 = (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+       and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"))     # private: another release may not have it
+FBGEMM = (X86 and torch.backends.quantized.engine in ("x86", "fbgemm")
+          and hasattr(torch.ops.quantized, "linear_prepack_fp16"))
+
+
+def prepack(model, free=False):
+    """Copy weight matrices into the order in which matrix products on x86 CPUs read them. Elsewhere: nothing.
+
+    PyTorch brings a matrix into that order anew for every product, which for few rows takes longer than the product:
+    packed for oneDNN, a decoding step of 1 to 32 rows takes a half to two thirds of the time. Float32 weights that came
+    from a checkpoint of 16 bits are packed in half precision, for FBGEMM: half as much to read from memory, a half to
+    70% of that time. (Matrices of up to 2^16 numbers are in a processor's cache anyway, and left alone.)
+
+    The copies do not follow the weights: whoever samples from a model that learns calls forget() with what this
+    returns. free=True is for one that does not learn: the originals are freed.
+    """
+    packed, embed = [], model.embed.weight
+    single = embed.dtype == torch.float32
+    if not X86 or embed.device.type != "cpu" or not (
+            single or embed.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return packed
+    for matrix in model.matrices():
+        weight, data = matrix.weight, matrix.weight.detach()
+        if weight.numel() > 2**16 and not hasattr(weight, "packed"):
+            if FBGEMM and single and fits_half(data):
+                weight.packed = torch.ops.quantized.linear_prepack_fp16(data, getattr(matrix, "bias", None))
+            else:
+                weight.packed = torch.ops.mkldnn._reorder_linear_weight(data)
+            packed.append(weight)
+            if free and weight is not embed:               # whose rows are still looked up
+                weight.data = data.new_zeros(1).expand(data.shape)
+    return packed
+
+
+def fits_half(weight):
+    """Whether half precision holds these float32 numbers to 2^-25 (3e-8), as it does those of bfloat16 down to 2^-17.
+    Weights that have learnt in float32 do not fit."""
+    return all((part.half().float() - part).abs().max() <= 2**-25 for part in weight.split(256))
+
+
+def forget(weights):
+    """Drop the packed copies of these weights."""
+    for weight in weights:
+        del weight.packed
+
+
+def linear(matrix, x):
+    """x W^T + b: (..., in) to (..., out), by the packed copy of W where there is one."""
+    packed, bias = getattr(matrix.weight, "packed", None), getattr(matrix, "bias", None)    # an embedding has no bias
+    if packed is None:
+        return F.linear(x, matrix.weight, bias)
+    if isinstance(packed, torch.ScriptObject):             # FBGEMM's, in half precision; the bias is in it
+        return torch.ops.quantized.linear_dynamic_fp16(x, packed)
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
 
 WIDE = hasattr(torch.ops.aten.bmm, "dtype") and torch.version.hip is None    # products of 16 bits kept in 32, on CUDA
 RECORD = 4      # the 4th decoding step of a given number of rows is recorded: that takes the time of two steps

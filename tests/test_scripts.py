@@ -353,6 +353,17 @@ def test_the_readme_names_tests_and_places_that_exist():
             assert re.search(rf"(def|class) {place.split('.')[-1]}\b", text), f"{place} is not in {file}"
 
 
+def test_the_readme_says_how_long_the_chapters_are():
+    """Who plans an evening must be told the truth, also after the next feature."""
+    for name in ("model", "data", "relay", "warmup", "grpo", "eval"):
+        text = (HERE / f"{name}.py").read_text(encoding="utf-8")
+        sections = re.split(r"(?m)^# -{100,}$", text)
+        waits = sum(part.count("\n") for part in sections if re.match(r"\n# .*\(skip (it|them) on a first", part))
+        said = re.search(rf"\| {name}\.py \|.*\| (\d+) \| (\d+) \|\n", README)
+        assert said, name
+        assert abs(text.count("\n") - waits - int(said[1])) <= 10 and abs(waits - int(said[2])) <= 10, name
+
+
 def test_the_worked_groups_of_the_readme_are_what_the_code_computes():
     """Numbers in a text go stale silently."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")]
