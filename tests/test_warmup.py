@@ -1,4 +1,4 @@
-"""Tests of warmup.py: commands in answers, batches, log-probabilities, an optimizer step."""
+"""Tests of warmup.py: commands in answers, batches, log-probabilities, an optimizer step, processes."""
 import itertools
 import random
 from pathlib import Path
@@ -11,9 +11,9 @@ import relay
 import warmup
 from conftest import ByteTokenizer, some_questions
 from model import Transformer, parse_config
-from relay import COMMAND, Rollout, without_commands
-from warmup import (Example, adamw, apply_gradient, insert_commands, micro_batches, pack, place, supervised_step,
-                    token_logprobs, working_copy)
+from relay import COMMAND, Rollout, WrongArguments, without_commands
+from warmup import (Example, adamw, apply_gradient, insert_commands, micro_batches, pack, place, start_processes,
+                    supervised_step, token_logprobs, working_copy)
 
 KNOWN = torch.tensor([True] * 20 + [False] + [True] * 9)       # 30 ids, one of which nobody has; the model has 37
 
@@ -329,3 +329,11 @@ def test_models_inside_a_run_move_with_it():
     assert place(Path("runs/a/models/slm"), Path("runs/a")) == place(Path("runs/a/models/slm").resolve(), Path("runs/a"))
     assert Path(place(Path("runs/a/models/slm"), Path("runs/a"))) == Path("models/slm")
     assert Path(place(Path("slm"), Path("runs/a"))) == Path("slm").resolve()
+
+
+@pytest.mark.parametrize("device, fault", [("auto", "this machine has 1"), ("cuda:0", "leave out --device")])
+def test_more_gpus_than_there_are_is_one_line(monkeypatch, device, fault):
+    """Found out by the second process only, it would be a traceback among others."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(WrongArguments, match=fault):
+        start_processes(SimpleNamespace(gpus=2, device=device))
