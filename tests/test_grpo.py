@@ -25,7 +25,7 @@ from data import toy_questions
 from grpo import advantages, examples_of, k3, last_checkpoint, policy_loss, rewards, save_checkpoint, update
 from model import Config, Transformer, load, parse_config, save
 from needs import memory_needed
-from relay import Call, Rollout, Run, entropy, log_softmax, relay, small_models
+from relay import Call, Rollout, Run, WrongArguments, entropy, log_softmax, relay, small_models
 from warmup import adamw, join_processes, token_logprobs, warm_up, working_copy, write_answers
 
 
