@@ -294,6 +294,17 @@ def test_a_router_discards_the_slms_token_and_commands_are_text():
     assert text_of(tokenizer, out.tokens) == b"XYZXY" and len(out.calls) == 1 and slm.asked[0] == 1
 
 
+def test_the_bar_does_not_wait_for_what_an_answer_leaves_of_its_budget(monkeypatch):
+    """It stood at a tenth when all was written, and its estimate was ten times too long."""
+    tokenizer, bars, real = ByteTokenizer(), [], relay_module.progress_bar
+    monkeypatch.setattr(relay_module, "progress_bar", lambda **options: bars.append(real(**options)) or bars[-1])
+    slm, llm = Scripted(tokenizer, list(b"a<call>2</call>b"), list(b"cd")), Scripted(tokenizer, list(b"XY"))
+    out = relay(slm, llm, tokenizer, [list(PROMPT)] * 4, max_new_tokens=200, batch=2, label="answers")
+    assert bars[0].n == bars[0].total == sum(len(o.tokens) for o in out) == 2 * (19 + 3)
+    relay(slm, llm, tokenizer, [list(PROMPT)], max_new_tokens=20)
+    assert bars[1].n == 0                                                    # no label, no bar
+
+
 def test_what_is_written_is_told_in_order():
     """A token told twice, or under another row, would be seen on the screen only, not in the roll-out."""
     tokenizer, seen, done = ByteTokenizer(), {}, []
