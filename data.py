@@ -47,8 +47,7 @@ class Question:
     """A question as the user asks it, and its gold answer; the toy's carry more."""
     text: str
     answer: str
-    kind: str = ""        # toy: "common", "rare", or "unseen": rare, and never learned from after pretraining; of a
-                          # benchmark what it names: a subject, a category
+    kind: str = ""        # toy: common, rare or unseen (a rare one that only pretraining learns from); else a subject
     solution: str = ""    # toy: a worked solution
     fact: str = ""        # the text of the fact that the small model lacks
     strict: bool = False  # the response must end by its end-of-text token right after the answer
@@ -144,19 +143,18 @@ class Tokenizer:
         need(self._file.exists(), f"{self._file}: missing; a byte-level BPE tokenizer is needed{old}")
         spec = read_json(self._file)
         settings = read_json(path / "tokenizer_config.json", {})
-        normalizer = spec.get("normalizer")
-        normalizer = normalizer.get("type") if isinstance(normalizer, dict) else normalizer
-        # transformers gives Qwen its NFC even where a converted tokenizer.json has lost it
-        self._nfc = normalizer == "NFC" or str(settings.get("tokenizer_class")).startswith("Qwen2Tokenizer")
         with naming(self._file):
+            normalizer = (spec.get("normalizer") or {"type": None})["type"]
             need(normalizer in (None, "NFC"), f"normalizer {normalizer!r} is not supported (only NFC is)")
             self._splits = self._read_splits(spec.get("pre_tokenizer"))
-            self._read_vocabulary(spec.get("model"), spec.get("added_tokens") or [])
+            self._read_vocabulary(spec.get("model") or {"type": None}, spec.get("added_tokens") or [])
+        # transformers gives Qwen its NFC even where a converted tokenizer.json has lost it
+        self._nfc = normalizer == "NFC" or str(settings.get("tokenizer_class")).startswith("Qwen2Tokenizer")
         self._read_chat(path, settings)
 
     def _read_splits(self, spec):
         """The pre-tokenizer as a list of patterns, applied in turn: each cuts out its matches and what lies between."""
-        parts = spec["pretokenizers"] if isinstance(spec, dict) and spec.get("type") == "Sequence" else [spec]
+        parts = (spec or {}).get("pretokenizers", [spec])
         splits = []
         for part in parts:
             match part:
@@ -180,14 +178,12 @@ class Tokenizer:
 
     def _read_vocabulary(self, model, added):
         """Ids, bytes and merges, checked, and made into tiktoken's ranks."""
-        model = model if isinstance(model, dict) else {"type": None}
         vocab, merges, kind = model.get("vocab"), model.get("merges"), model.get("type", "BPE")
         need(kind == "BPE" and isinstance(vocab, dict) and isinstance(merges, list),
              f"model type {kind!r} is not BPE, or its vocab or merges are missing or of the wrong type")
         for key in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout"):
             need(not model.get(key), f"model.{key} is not supported")
-        need(isinstance(added, list) and all(isinstance(token, dict) and isinstance(token.get("content"), str)
-                                             and token["content"] for token in added), "an added token has no content")
+        need(all(token.get("content") for token in added), "an added token has no content")
         self._added = {token["content"]: token.get("id") for token in added}  # text -> id
         plain = {token: i for token, i in vocab.items() if token not in self._added}
         ids = plain | self._added
@@ -196,10 +192,9 @@ class Tokenizer:
         self.known = [False] * len(self.token_bytes)
         for token, i in ids.items():
             need(not self.known[i], f"two tokens share the id {i}")
-            try:
-                self.token_bytes[i] = token.encode() if token in self._added else bytes(BYTE_OF[c] for c in token)
-            except (KeyError, UnicodeEncodeError):
-                need(False, f"token {i} ({token[:20]!r}) is not made of bytes: not a byte-level BPE")
+            need(token in self._added or BYTE_OF.keys() >= set(token),
+                 f"token {i} ({token[:20]!r}) is not made of bytes: not a byte-level BPE")
+            self.token_bytes[i] = token.encode() if token in self._added else bytes(BYTE_OF[c] for c in token)
             self.known[i] = True
         tokens = LETTERS + self._read_merges(merges, plain)
         self._ranks = {bytes(BYTE_OF[c] for c in token): rank for rank, token in enumerate(tokens)}
@@ -213,10 +208,10 @@ class Tokenizer:
     def _read_merges(self, merges, plain):
         """The tokens that a list of merges can make, in tiktoken's order.
 
-        tiktoken merges any two neighbours that together are a token, Hugging Face only the pairs of its list. Both take
-        the lowest rank first, the leftmost among equals. As long as no merge has crossed the borders of a stretch of
-        bytes, the merges inside are those of the stretch alone; so a token always arises from one and the same last
-        pair. Hence the two agree once tiktoken is given just the tokens whose last pair is in the list, in its order.
+        tiktoken merges any two neighbours that together are a token, Hugging Face only the pairs of its list; both the
+        lowest rank first, the leftmost among equals. Inside a stretch of bytes whose borders no merge has crossed the
+        merges are those of the stretch alone, so a token always arises from one and the same last pair: the two agree
+        once tiktoken is given just the tokens whose last pair is in the list, in its order.
         """
         pairs = {}  # (left, right) -> place in the list
         for place, pair in enumerate(merges):
@@ -233,9 +228,8 @@ class Tokenizer:
 
         end_ids, end_id: the format's end of turn first, then what generation_config.json and config.json name.
         """
-        file, template = path / "chat_template.jinja", settings.get("chat_template")
-        if file.is_file():
-            template = file.read_text(encoding="utf-8", errors="replace")
+        file = path / "chat_template.jinja"
+        template = file.read_text("utf-8", errors="replace") if file.is_file() else settings.get("chat_template")
         self._chat, end_of_turn = chat_format(str(template or ""))
         if template is None:
             self._chat = f"{path}: no chat template (chat_template.jinja, tokenizer_config.json): use an instruct model"
@@ -256,18 +250,17 @@ class Tokenizer:
 
     def _encode(self, text):
         """Ids of text that is normalised: cut into pieces, and each merged."""
-        pieces = [text]
+        pieces, ids = [text], []
         for pattern in self._splits:
-            pieces = [part for piece in pieces for part in cut(pattern, piece)]
-        return [i for piece in pieces for i in self._merge(piece.encode("utf-8", "surrogateescape"))]
-
-    def _merge(self, data):
-        """Ids of one piece of text, given as bytes. A byte that the vocabulary lacks is dropped, as in transformers."""
-        data = data.translate(None, self._lacks)
-        if data in self._whole:
-            return [self._whole[data]]
-        # encode_ordinary without tiktoken's own cutting, which would not take bytes
-        return [self._id_of_rank[rank] for rank in self._bpe._encode_single_piece(data)] if data else []
+            pieces = [part for piece in pieces for part in cut(piece, pattern.finditer(piece)) if part]
+        for piece in pieces:
+            # a byte that the vocabulary lacks is dropped, as in transformers
+            data = piece.encode("utf-8", "surrogateescape").translate(None, self._lacks)
+            if data in self._whole:
+                ids.append(self._whole[data])
+            elif data:  # encode_ordinary without tiktoken's own cutting, which would not take bytes
+                ids += [self._id_of_rank[rank] for rank in self._bpe._encode_single_piece(data)]
+        return ids
 
     def encode(self, text):
         """Text to a list of ids. Text that spells a special or added token stays text."""
@@ -292,9 +285,9 @@ class Tokenizer:
 
     def _encode_format(self, text):
         """Ids of a chat format's own text: here an added token's text is that token."""
-        longest_first = sorted(self._added, key=len, reverse=True)
-        parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
-        return [i for part in parts for i in ([self._added[part]] if part in self._added else self.encode(part))]
+        added = re.compile("|".join(map(re.escape, sorted(self._added, key=len, reverse=True))))  # the longest first
+        return [i for part in cut(text, added.finditer(text))
+                for i in ([self._added[part]] if part in self._added else self.encode(part))]
 
     def difference(self, other):
         """None if the two have one vocabulary, one order of merges and the same added tokens; else a short phrase."""
@@ -313,7 +306,7 @@ def last_pair(token, pairs):
     """The two parts that complete a token, by merging its letters from the start; None if the merges cannot make it."""
     parts = list(token)
     while len(parts) > 2:
-        places = [pairs.get(pair, math.inf) for pair in zip(parts, parts[1:])]
+        places = [pairs.get(pair, math.inf) for pair in itertools.pairwise(parts)]
         i = places.index(min(places))
         if places[i] == math.inf:
             return None
@@ -321,10 +314,10 @@ def last_pair(token, pairs):
     return tuple(parts)
 
 
-def cut(pattern, text):
-    """Cut text into the pattern's matches and what lies between them."""
-    borders = [0, *(at for match in pattern.finditer(text) for at in match.span()), len(text)]
-    return [text[start:end] for start, end in zip(borders, borders[1:]) if start < end]
+def cut(text, matches):
+    """Cut text into what lies between the matches (first and last, though it be empty) and, by turns, the matches."""
+    borders = [0, *(at for match in matches for at in match.span()), len(text)]
+    return [text[start:end] for start, end in itertools.pairwise(borders)]
 
 
 def chat_format(template):
@@ -345,12 +338,11 @@ def chat_format(template):
         return (before + header.format("user"), "<|eot_id|>" + header.format("assistant"), strip), "<|eot_id|>"
 
     flat = template.removesuffix("\n").replace("\\n", "\n")  # Jinja drops a newline at the very end
-    begin = "<|im_start|>assistant"
-    begin += "" if flat.endswith(begin) and begin + "\n" not in flat else "\n"
+    begin = re.search(r"<\|im_start\|>assistant(?:\n|\Z)", flat)
     strange = ("<|im_sep|>", "bos_token", "strftime_now", "<|im_start|>assistant\n<think>")
-    if begin not in flat or "<|im_end|>" not in flat or any(sign in flat for sign in strange):
+    if not begin or "<|im_end|>" not in flat or any(sign in flat for sign in strange):
         return None, None
-    before, after = "", "<|im_end|>\n" + begin
+    before, after = "", "<|im_end|>\n" + begin[0]
     defaults = re.findall(r"(['\"]?)<\|im_start\|>system(?:\\n|\n)(.*?)<\|im_end\|>", template, re.S)
     if name := re.search(r"<\|im_start\|>system(?:\\n|\n)['\"]\s*[+~]\s*(\w+)\s*[+~]", template):     # in a variable
         default = re.search(rf"set {name[1]} = (['\"])(.*?)(?<!\\)\1", template, re.S)
@@ -379,8 +371,7 @@ def train_bpe(texts):
     while True:
         pairs = Counter()
         for word, n in words.items():
-            tokens = word.split(" ")
-            for pair in zip(tokens, tokens[1:]):
+            for pair in itertools.pairwise(word.split(" ")):
                 pairs[pair] += n
         if not pairs:
             return merges
@@ -430,23 +421,18 @@ def load_questions(path, limit=None):
     """
     need(Path(path).suffix != ".parquet",
          f"{path}: parquet is not read; write it out as .jsonl first (pandas: to_json, lines=True)")
-    questions, where, listed = [], f"{path}: cannot be read", False
+    questions = []
+    with naming(f"{path}: cannot be read"):  # what is no UTF-8 becomes surrogates, for read_question to refuse
+        text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
+    listed = text.lstrip().startswith("[")
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        listed = text.lstrip().startswith("[")
-        for number, row in enumerate(json.loads(text) if listed else text.split("\n"), 1):
-            where = f"{path}: {'entry' if listed else 'line'} {number}"
-            if limit is not None and len(questions) >= limit:
-                break
-            if listed or row.strip():
+        rows = json.loads(text) if listed else text.split("\n")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: line {getattr(error, 'lineno', 1)}: {error}") from None
+    for number, row in enumerate(rows, 1):
+        with naming(f"{path}: {'entry' if listed else 'line'} {number}"):
+            if len(questions) != limit and (listed or row.strip()):
                 questions.append(read_question(row if listed else json.loads(row)))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, UnicodeDecodeError):
-            number = error.object.count(b"\n", 0, error.start) + 1
-            where = f"{path}: line {number}"
-        elif listed and isinstance(error, json.JSONDecodeError):
-            where = f"{path}: line {error.lineno}"
-        raise ValueError(f"{where}: {getattr(error, 'strerror', None) or error}") from None
     need(questions, f"{path}: no questions in it")
     return questions
 
@@ -460,12 +446,11 @@ def read_question(row):
     """One row of a benchmark file to a Question; ValueError says what the row lacks."""
     need(isinstance(row, dict), f"a {type(row).__name__} where an object belongs")
     row = {key.lower(): value for key, value in row.items()}  # AIME 2024 writes Problem and Answer
-    if isinstance(row.get("reward_model"), dict):  # DAPO-Math-17k
-        row = row["reward_model"] | row
+    row = (row["reward_model"] if isinstance(row.get("reward_model"), dict) else {}) | row  # DAPO-Math-17k
     problem = first(row, "problem", "question", "prompt")
     if isinstance(problem, list):  # chat messages
         said = [m.get("content") for m in problem if isinstance(m, dict) and m.get("role") == "user"]
-        problem = said[-1] if said else None
+        problem = [None, *said][-1]
     need(isinstance(problem, str), "no text under problem, question or prompt")
     head, _, rest = problem.partition("\n\n")
     if head.startswith("Solve the following math problem step by step.") and rest:  # DAPO-Math-17k, around its problem
@@ -477,21 +462,21 @@ def read_question(row):
     if answer is None and isinstance(row.get("solution"), str):
         answer = last_boxed(row["solution"])  # Minerva
     if isinstance(answer, list):  # OlympiadBench: one string that lists several, or several strings
-        answer = ", ".join(str(part) for part in answer)
+        answer = ", ".join(map(str, answer))
     options = first(row, "options", "choices")
     if isinstance(options, list):  # MMLU-Pro: a letter, or an index
         letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:len(options)]
         problem += "".join(f"\n({letter}) {option}" for letter, option in zip(letters, options))
-        index = row.get("answer_index") if answer is None else answer
-        answer = dict(enumerate(letters)).get(index) if type(index) is int else index
-        need(answer is not None and (not re.fullmatch("[A-Z]", str(answer)) or str(answer) in letters),
-             f"answer {index!r} is none of the {len(letters)} options")
+        answer = row.get("answer_index") if answer is None else answer
+        answer = letters[answer] if type(answer) is int and answer in range(len(letters)) else answer
+        need(type(answer) in (str, float) and (str(answer) in letters or not re.fullmatch("[A-Z]", str(answer))),
+             f"answer {answer!r} is none of the {len(letters)} options")
     gold = str(answer).rsplit("####")[-1].strip()  # GSM8K: reasoning, then the number
-    (problem + gold).encode()  # raises for half a surrogate pair, which nothing can write
     need(type(answer) in (str, int, float) and answer == answer and gold,  # NaN is no answer
          "no answer under answer, final_answer, reward_model.ground_truth or in a solution's \\boxed{}")
-    kind = first(row, "subject", "subfield", "category", "type", "data_source")
-    return Question(f"{problem}\n{INSTRUCTION}", gold, str(kind or ""))
+    kind = str(first(row, "subject", "subfield", "category", "type", "data_source") or "")
+    (problem + gold + kind).encode()  # raises for half a surrogate pair, which nothing can write
+    return Question(f"{problem}\n{INSTRUCTION}", gold, kind)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -548,12 +533,12 @@ def factorial(x):
     return Fraction(math.factorial(int(x))) if x in range(301) else math.gamma(x + 1)
 
 
-# What a formula is made of. Operators: how strongly they bind, and what they do. An equation l = r has the value l - r.
-OPERATORS = {"=": (1, operator.sub), "+": (2, operator.add), "-": (2, operator.sub), "*": (3, operator.mul),
-             "/": (3, operator.truediv), "^": (4, power)}
+# What a formula is made of. Operators: how strongly they bind to their left and to their right, and what they do (an
+# equation l = r has the value l - r).
+OPERATORS = {"=": (1, 1, operator.sub), "+": (2, 2, operator.add), "-": (2, 2, operator.sub),
+             "*": (3, 4, operator.mul), "/": (3, 4, operator.truediv), "^": (5, 4, power)}
 POSTFIX = {"!": factorial, "%": lambda x: x / 100}
 CLOSING = {")", "]", "}", "\\}"}
-CLOSED_BY = {"(", "[", "\\{"}  # brackets that are no argument of the function before them
 PAIRS = {"frac": operator.truediv, "binom": lambda n, k: factorial(n) / factorial(k) / factorial(n - k)}
 FUNCTIONS = {name: getattr(cmath, name) for name in "sin cos tan sinh cosh tanh exp log sqrt".split()} | {
     "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "ln": cmath.log, "lg": cmath.log10,
@@ -589,9 +574,8 @@ SYMBOLS = str.maketrans({"π": "\\pi ", "√": "\\sqrt ", "∞": "\\infty ", "�
 TIDY = [(regex.compile(pattern), new) for pattern, new in (
     (r"\s+", " "), (r"^ ?\\boxed ?\{(.*)\} ?$", r"\1"),  # first: some of what follows would take cubic time in spaces
     (r",\\!\s*|\{,\}|\\(?:left|right)(?![a-z])\.?|\\(?:[bB]igg?[lr]?|displaystyle|[lL]arge|q?quad|limits)(?![a-zA-Z])"
-     r"|\\[,!;:]|\\?\$|\b(?:np|math)\.|\\(?:boldsymbol|mathbf|mathsf|bm|underline)\s*(?=\{)|\\(?:bf|rm|it)(?![a-z])",
-     ""),
-    (r"\\[lr]vert(?![a-z])", "|"), (r"(?<!\\)\\ ", " "),
+     r"|\\(?:boldsymbol|mathbf|mathsf|bm|underline)\s*(?=\{)|\\(?:bf|rm|it)(?![a-z])", ""),
+    (r"\\[,!;:]|\\?\$|\b(?:np|math)\.", ""), (r"\\[lr]vert(?![a-z])", "|"), (r"(?<!\\)\\ ", " "),
     # words: a name's index, a list's comma, a function or a letter, but not a number's unit
     (r"\\(?:textrm|textbf|textit|emph|mbox|mathrm|operatorname)\s*(?=\{)", r"\\text"),
     (rf"_\s*(?:\{{\s*{TEXT}\s*\}}|{TEXT})", r"_{\1\2}"),
@@ -606,8 +590,7 @@ TIDY = [(regex.compile(pattern), new) for pattern, new in (
     (r"(?<!\w)(\w+) ?: ?(\w+) ?: ?(\w+)", r"(\1,\2,\3)"), (r"\\div(?![a-z])|:", "/"),  # 1:2:3; 3:4
     (r"\\g(?:e|eq|eqslant)(?![a-z])", ">="), (r"\\l(?:e|eq|eqslant)(?![a-z])", "<="),
     (r"(?:^|\{)([^{}]*)\\over(?![a-z])([^{}]*)(?:\}|$)", r"\\frac{\1}{\2}"), (r"\\[dtc](frac|binom)", r"\\\1"),
-    (r"\\frac\s*(\d)\s*(?=[\d{])", r"\\frac{\1}"),
-    (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
+    (r"\\frac\s*(\d)\s*(?=[\d{])", r"\\frac{\1}"), (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
     (r"(?<![\w.}])(\d+)\s*(\\frac\s*\{\d+\}\s*\{\d+\})|(?<![\w.}])(\d+)\s+(\d+/\d+)", r"(\1\3+\2\4)"),  # mixed numbers
     (rf"(?<=\d)\s*({'|'.join(SCALES)})\b", lambda scale: SCALES[scale[1]]), (rf"(?<=[\d}}])\s*(?:{UNITS}).*$", ""),
     (r"(?<![\d.,(\[])(?<!\\\{)(\d{1,3}(?:,\d{3})+)(?![\d,])", lambda number: number[1].replace(",", "")),
@@ -628,9 +611,8 @@ def tidy(text):
 def split_outside(text, mark):
     """Cut at `mark`, but not inside brackets: '1,(2,3)' gives '1' and '(2,3)'."""
     depth = [*itertools.accumulate((char in "([{") - (char in ")]}") for char in text)]
-    cuts = [at for found in re.finditer(mark, text) if depth[found.start()] <= 0 for at in found.span()]
-    borders = [0, *cuts, len(text)]
-    return [text[start:end].strip() for start, end in zip(borders[::2], borders[1::2])]
+    outside = (found for found in re.finditer(mark, text) if depth[found.start()] <= 0)
+    return [part.strip() for part in cut(text, outside)[::2]]
 
 
 def items(text):
@@ -647,20 +629,15 @@ def items(text):
     return "", parts
 
 
-def as_interval(kind, sides):
+def as_interval(text):
     """x > 3 as the interval from 3 to infinity, 2 < x <= 3 as (2,3]; anything else as it is."""
-    signs = re.findall("[<>]=?", kind)
-    if kind != "".join(signs) or len({sign[0] for sign in signs}) != 1:
-        return kind, sides
-    if signs[0][0] == ">":
-        signs, sides = signs[::-1], sides[::-1]
-    if len(sides) == 2 and re.fullmatch("[a-zA-Z]", sides[0]):
-        signs, sides = ["<", *signs], ["-\\infty", *sides]
-    elif len(sides) == 2:
-        signs, sides = [*signs, "<"], [*sides, "\\infty"]
-    if len(sides) != 3 or not re.fullmatch("[a-zA-Z]", sides[1]):
-        return kind, sides
-    return ("[" if "=" in signs[0] else "(") + ("]" if "=" in signs[1] else ")"), sides[::2]
+    rising = "".join(reversed(re.split("([<>]=?)", text))).replace(">", "<") if "<" not in text else text
+    found = re.fullmatch(r"(?=.*<)(?:([^<>=,]+)(<=?))?? ?[a-zA-Z] ?(?:(<=?)([^<>=,]+))?", rising)
+    if not found:
+        return text
+    low, left, right, high = found.groups()
+    interval = (low or "-\\infty") + "," + (high or "\\infty")
+    return ("[" if left == "<=" else "(") + interval + ("]" if right == "<=" else ")")
 
 
 def same(given, gold, depth=0):
@@ -675,7 +652,7 @@ def same(given, gold, depth=0):
         return True
     (kind, a), (gold_kind, b) = items(given), items(gold)
     if kind != gold_kind:
-        (kind, a), (gold_kind, b) = as_interval(kind, a), as_interval(gold_kind, b)
+        (kind, a), (gold_kind, b) = items(as_interval(given)), items(as_interval(gold))
     if kind != gold_kind and "=" in (kind, gold_kind):  # x = 5 is 5, but where x + y = 5 is asked for, 5 is not
         if kind == "=":
             return same(a[-1], gold, depth + 1)
@@ -744,25 +721,27 @@ class Formula:
     def group(self, closing):
         """A formula and what closes it."""
         value = self.value()
-        if not self.take(closing):
-            raise ValueError("a bracket stays open")
+        need(self.take(closing), "a bracket stays open")
         return value
 
     def value(self, least=0):
         """A formula as far as its operators bind more strongly than `least`: -x^2 is -(x^2), 2^3^2 is 2^9."""
         sign = self.take({"+", "-"})
-        value = self.atom() if not sign else self.value(3) if sign == "+" else -self.value(3)
+        value = self.value(4) if sign else self.atom()
+        value = -value if sign == "-" else value
         while True:
             token = self.tokens[self.at]
-            strength, operate = OPERATORS.get(token, (3 if FACTOR.match(token) else 0, operator.mul))
+            strength = 4 if FACTOR.match(token) else 0  # sin 2x is sin(2x), ...
+            if token in ("(", "[", "\\{") or token.strip("\\") in FUNCTIONS:
+                strength = 3  # ... but sin x (y + 1) is sin(x) (y + 1)
+            strength, right, operate = OPERATORS.get(token, (strength, 4, operator.mul))
             if token in POSTFIX:
                 value = POSTFIX[self.take(token)](value)
             elif strength <= least:
                 return value
-            elif not self.take(OPERATORS) and self.tokens[self.at - 1].isdecimal() and token.isdecimal():
-                raise ValueError("two numbers in a row")
             else:
-                value = operate(value, self.value(strength - (token == "^")))
+                need(self.take(OPERATORS) or not (self.tokens[self.at - 1] + token).isdecimal(), "two numbers in a row")
+                value = operate(value, self.value(right))
 
     def atom(self):
         """A number, a bracket, a function of something, or a variable."""
@@ -784,20 +763,15 @@ class Formula:
             return self.function(name)
         if name in CONSTANTS:
             return CONSTANTS[name]
-        if not name[:1].isalpha() or token == name and name[1:2] not in ("", "_"):
-            raise ValueError("a word, or a sign that stands in no formula")
+        need(name[:1].isalpha() and (token != name or name[1:2] in ("", "_")), "a word, or a sign of no formula")
         return (-1 if self.point < 0 else 1) * random.Random(f"{name} {self.point}").uniform(0.4, 2.6)
 
     def function(self, name):
         """sin x, sin 2x, sin(x), sin^2 x and so on, and a logarithm to any base."""
         base = self.atom() if name == "log" and self.take("_") else math.e
-        exponent = self.value(3) if self.take("^") else Fraction(1)
+        exponent = self.value(4) if self.take("^") else Fraction(1)
         if exponent == -1 and "arc" + name in FUNCTIONS:
             name, exponent = "arc" + name, Fraction(1)
-        bracket = self.tokens[self.at] in ("(", "[", "{")
-        value = self.value(3)
-        while not (bracket or self.tokens[self.at] in CLOSED_BY or self.tokens[self.at].strip("\\") in FUNCTIONS) and (
-                FACTOR.match(self.tokens[self.at])):  # sin 2x (x + 1) is sin(2x) (x + 1)
-            value = value * self.value(3)
+        value = self.value(4 if self.tokens[self.at] in ("(", "[", "{") else 3)
         value = FUNCTIONS[name](complex(value))
-        return power(value / cmath.log(complex(base)) if name == "log" else value, exponent)
+        return power(value / cmath.log(base) if name == "log" else value, exponent)
