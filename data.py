@@ -103,8 +103,8 @@ def toy_questions(split, rng, rare=0.5, unseen=True, unreliable=False):
 def with_asides(ids, tokenizer, rng, share):
     """Markup asides, such as <b>7</b>, at one to three random positions of a share of the texts.
 
-    ids: the tokens of a text. Returns (ids, learn): learn[i] is False for an aside's first token, since nothing tells
-    where one stands. Every real model has seen its text interrupted; one that has not is ruined by the warm-up.
+    ids: the tokens of a text. Returns (ids, learn): learn[i] is False for an aside's first token, which nothing before
+    it announces. Every real model has seen its text interrupted; one that has not is ruined by the warm-up.
     """
     out, learn = list(ids), [True] * len(ids)
     if rng.random() < share:

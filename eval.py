@@ -5,7 +5,8 @@ Every method answers the same questions, which no stage of training should have 
     slm                the untouched small model, alone
     warmup             after stage 1, with the LLM: it can call, but has not learned when
     relay              after stage 2, with the LLM
-    relay_no_teacher   the same model with the opening of a command forbidden
+    relay_no_teacher   the same model, calls forbidden: it cannot write "<call" (grpo.py's --no-teacher is another
+                       thing: training without an LLM, where commands may be written in vain)
     fixed_N            the same model; each call delivers N tokens, whatever n was asked
     token_router       no training: where the untouched SLM's next-token entropy exceeds a threshold, its token is
                        discarded, and the LLM writes until its own entropy is below it (R-Stitch, arXiv 2507.17307)
@@ -49,7 +50,7 @@ REAL = dict(temperature=0.0, max_new_tokens=8192, fixed=[20, 100, 500])
 THRESHOLDS = [0.05, 0.1, 0.2, 0.4, 0.8, 1.6]     # of the token router, in nats
 ROWS = ["warmup", "relay_no_teacher", "fixed", "token_router"]     # that --rows may leave out
 VARIANTS = {                                     # directory in the run: the flags of grpo.py that make it
-    "grpo_no_call": "--slm {slm} --no-teacher --reward simple",
+    "grpo_no_call": "--slm {slm} --no-teacher --reward simple",     # plain GRPO
     "simple_reward": "--reward simple",
     "llm_tokens_in_loss": "--llm-tokens-in-loss",
     "batch_scenarios": "--batch-scenarios",
@@ -348,13 +349,13 @@ def trained_on(run):
 
 def fit_questions(args, run, questions):
     """Questions to fit a threshold on: held out of training (a tenth of its file), and none that is reported."""
-    file = trained_on(run)
+    file, without = trained_on(run), "--rows " + " ".join(ROWS[:-1])
     if file is None:
         return list(itertools.islice(toy_questions("held_out", random.Random("fit")), args.fit))
-    need(file.exists(), f"{file}: gone, and the token router is fitted on a part of it; leave it out with --rows")
+    need(file.exists(), f"{file}: gone, and the token router is fitted on a part of it; leave it out: {without}")
     reported = {q.text for q in questions}
     found = [q for q in load_questions(file) if split_of(q.text) == "held_out" and q.text not in reported][:args.fit]
-    need(found, f"{file}: no question is left to fit the token router on; leave it out with --rows")
+    need(found, f"{file}: no question is left to fit the token router on; leave it out: {without}")
     return found
 
 

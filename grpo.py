@@ -3,12 +3,12 @@
 For each question the model writes a group of G relay roll-outs. Each is scored, its reward is compared with the rest of
 its group (no value network), and the tokens that the SLM sampled become more or less likely:
 
-    A = (r - mean of the group) / (std of the group + 1e-6)                        GRPO, arXiv 2402.03300, section 4.1
+    A = (r - mean of the group) / (unbiased std of the group + 1e-6)               GRPO, arXiv 2402.03300, section 4.1
     loss = mean over tokens of  max(-A ratio, -A clip(ratio)) + 0.01 KL(policy, warmed-up model)
-           ratio = exp(log p - log p when it was sampled)
+           ratio = exp(log p - log p when it was sampled), each log p at the sampling temperature
 
 (Where A < 0 the max is at most 3 |A|, so that one token whose ratio has exploded cannot decide. The KL is estimated
-from the sampled token alone: see k3().)
+from the sampled token alone: see k3(). The toy divides by a std of at least 0.03: see advantages().)
 
 What is RelayLLM's own is the reward (arXiv 2601.05167, section 4.2). It asks what the group shows about the question:
 can the SLM do it alone, only with help, or not at all? If it can, not calling pays; if not, calling pays; in a right
@@ -124,11 +124,11 @@ def update(policy, reference, optimizer, rollouts, advantage, known, lr, args):
               else torch.full([len(counts)], 1 / tokens))          # in the loss, of each token of a roll-out
     for batch in micro_batches(examples, args.micro_tokens):
         part = [examples[i] for i in batch]
-        give_back(policy)
+        give_back(policy)                                     # freed memory, to Linux: no part of the method
         with torch.no_grad():
             ref = token_logprobs(reference, part, known, args.temperature)[0]
         logprobs, entropies = token_logprobs(policy, part, known, args.temperature, entropies=True)
-        old = torch.tensor([math.nan if by_llm else lp    # of the LLM's tokens there is none: a ratio of 1
+        old = torch.tensor([math.nan if by_llm else lp    # NaN: only with --llm-tokens-in-loss; below, a ratio of 1
                             for i in batch for lp, by_llm in zip(rollouts[i].logprobs, rollouts[i].by_llm)
                             if args.llm_tokens_in_loss or not by_llm]).to(logprobs)
         old = torch.where(old.isnan(), logprobs.detach(), old)
@@ -184,15 +184,15 @@ def train_step(step, questions, policy, reference, llm, tokenizer, optimizer, kn
     norms = [s["norm"] for s in sums if s["norm"] is not None]     # of the updates that had something to learn
     taken = [norm for norm in norms if math.isfinite(norm)]
     alone, solved = (right & ~called).any(dim=-1), right.any(dim=-1)
-    ratios = dict(reward=(reward.sum().item(), len(flat))) | figures(right.flatten().tolist(), flat)
-    ratios |= {name: (flags.sum().item(), len(groups)) for name, flags in (
+    shares = dict(reward=(reward.sum().item(), len(flat))) | figures(right.flatten().tolist(), flat)   # sum, divisor
+    shares |= {name: (flags.sum().item(), len(groups)) for name, flags in (
         ("student_solvable", alone), ("teacher_dependent", solved & ~alone), ("teacher_unsolvable", ~solved),
         ("equal_groups", ~teaches))}
-    ratios |= {name: (total(name), total("tokens")) for name in ("kl", "clip_fraction", "entropy")}
+    shares |= {name: (total(name), total("tokens")) for name in ("kl", "clip_fraction", "entropy")}
     # Each process divided its loss by the tokens of all: its parts are added up, and the updates counted once.
-    ratios["loss"] = total("loss"), len(norms) if rank == 0 else 0
-    added = add_up(list(ratios.values()))
-    metrics = dict(step=step) | means(dict(zip(ratios, added)))
+    shares["loss"] = total("loss"), len(norms) if rank == 0 else 0
+    added = add_up(list(shares.values()))
+    metrics = dict(step=step) | means(dict(zip(shares, added)))
     difference = max(meet(next((s["difference"] for s in sums if s["norm"] is not None), 0.0)))    # in the first update
     metrics |= dict(grad_norm=max(taken, default=None), skipped=len(norms) - len(taken), lr=lr,
                     sampler_learner_difference=difference, sample_seconds=middle - start,
@@ -392,7 +392,7 @@ def arguments():
     need(size == 1 or not args.batch_scenarios,
          "--batch-scenarios looks at all roll-outs of a step at once: use one process", WrongArguments)
     need(args.questions_per_step >= max(size, args.updates), f"--questions-per-step {args.questions_per_step}: too few "
-         f"for {size} processes, {args.updates} updates", WrongArguments)
+         f"for {size} processes, {args.updates} updates; give more, or fewer --updates", WrongArguments)
     return args, run
 
 
@@ -488,8 +488,8 @@ def main():
     device, frozen = machine(args, run.toy)
     first = join_processes(device)
     run.lock = only_one(out) if first else None           # held until this process ends
-    helper = args.llm or run.directory("llm")
-    master, llm, tokenizer = load_pair(folder or source, helper, device, frozen, learns=True)
+    llm_path = args.llm or run.directory("llm")
+    master, llm, tokenizer = load_pair(folder or source, llm_path, device, frozen, learns=True)
     reference = load(source, device, getattr(torch, args.train_dtype))
     need(master.config == reference.config, f"{folder}: its model is not of the shape of {source}")
     optimizer = adamw(master, args.lr)
@@ -498,7 +498,7 @@ def main():
     if folder:
         load_optimizer(optimizer, folder / "optimizer.pt")
     questions, held_out = (short(some, tokenizer, policy, llm) for some in (questions, held_out))
-    questions = filter_questions(questions, llm, helper, tokenizer, args, run.path / "filter.json")
+    questions = filter_questions(questions, llm, llm_path, tokenizer, args, run.path / "filter.json")
     need(questions, "the LLM solves none of the questions; give easier ones, or --filter-samples 0")
     keep = lambda: first and save_checkpoint(out, history, master, optimizer, source, settings)
     log = open_metrics(out, history) if first else open(os.devnull, "w")

@@ -154,8 +154,8 @@ class Layer(nn.Module):
             # All queries of a group see the same keys: stacked along the time axis they share them without a copy.
             q = q.reshape(B, c.kv_heads, group * T, c.head_dim)
             # A decoding step (see below); for one row that needs no mask PyTorch's kernel is the faster one.
-            plain = T == 1 and (B > 1 or mask is not None) and two_products_pay(q, c)
-            y = (two_products if plain else F.scaled_dot_product_attention)(q, k, v, attn_mask=mask)
+            by_hand = T == 1 and (B > 1 or mask is not None) and two_products_pay(q, c)
+            y = (two_products if by_hand else F.scaled_dot_product_attention)(q, k, v, attn_mask=mask)
         y = y.reshape(B, c.heads, T, c.head_dim).transpose(1, 2).reshape(B, T, -1)
         return y if grid is None else F.embedding(grid.put, y.flatten(0, 1))   # and back to (N, ...)
 
@@ -198,7 +198,7 @@ class Transformer(nn.Module):
             self.freq = rope_frequencies(self.config).to(tokens.device)
         if cache is None:
             position, past = torch.arange(T, device=tokens.device)[None], [None] * len(self.layers)    # (1, T)
-        elif T == 1 and cache.records and (step := cache.recorded(self, B)):
+        elif T == 1 and cache.records and (step := cache.recorded(self, B)):     # on a GPU: the same, launched as one
             return step.replay(tokens)
         else:
             position, past = cache.open(T, [T] * B if counts is None else counts)                      # (B, T)
@@ -472,7 +472,7 @@ def side_stream(device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Model directories (skip it on a first reading)
+# Model directories (skip it on a first reading; but need() is everywhere: a ValueError with a line unless all is fine)
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ROPE_NEEDS = {"default": [], "linear": ["factor"],      # what each way of scaling the rotations needs to know

@@ -1,7 +1,8 @@
 """Chapter 3. The relay: two models write one answer.
 
 The SLM writes. When its text contains the command <call>n</call>, the LLM writes the next n tokens of the same answer,
-and the SLM goes on from there (RelayLLM, arXiv 2601.05167, section 3). There is no router: the SLM decides.
+and the SLM goes on from there (RelayLLM, arXiv 2601.05167, section 3). There is no router: the SLM decides. (relay()'s
+`router`, `fixed` and `no_calls` are for the rivals in eval.py's table: leave them out on a first reading.)
 
     SLM's context:  prompt  ... One costs<call>1</call> 26 coins. So 3 cost ...
     LLM's context:  prompt  ... One costs               26 coins. So 3 cost ...   (from 26 on: read at the next call)
@@ -16,8 +17,9 @@ Three rules make it exact and cheap:
   3. Randomness belongs to the roll-out. Token k of row i is drawn with the k-th uniform number of row i's own seed, so
      a roll-out is the same alone and in any batch (in float32, rounding may decide a near-tie otherwise).
 
-Turns alternate for the whole batch: the SLM runs until every row waits or has ended, then the LLM serves all waiting
-rows as one batch, because its steps are the expensive ones. Whatever a model writes is data; nothing raises on it.
+Turns alternate for the whole batch: the SLM runs until every row waits or has ended (or most, where others queue for
+their places), then the LLM serves all waiting rows as one batch, because its steps are the expensive ones. Whatever a
+model writes is data; nothing raises on it.
 
 Left out: both models at work at the same time (the LLM's batches would be smaller, and a roll-out would depend on the
 clock), and an LLM behind a server (what it would have to offer is what Reader does).
@@ -55,7 +57,7 @@ OPEN = b"<call"                                       # what no_calls=True forbi
 CHUNK = 256                                           # tokens of a row read at once: bounds the mask
 PASS = 8192                                           # tokens of all rows read at once: bounds the hidden states
 STATES = 2**21                                        # on a CPU, at most STATES / ffn tokens at once, and
-SLICE = 2**19                                         # logits made probabilities at once: they stay in its cache
+SLICE = 2**19                                         # logits made probabilities at once: to fit the CPU's own cache
 
 
 def command(n):
@@ -80,7 +82,7 @@ class Rollout:
     tokens: list = field(default_factory=list)      # the response: commands and the end-of-text token included
     by_llm: list = field(default_factory=list)      # for each token: did the LLM write it?
     logprobs: list = field(default_factory=list)    # for each token
-    calls: list = field(default_factory=list)       # a Call for each command obeyed (n = 0: one that delivers nothing)
+    calls: list = field(default_factory=list)       # a Call for each command obeyed, n = 0 too; those counted: served
     end: str = ""                                   # "eos", "eos_by_llm", or "length": the budget is spent
     cost: dict = field(default_factory=dict)        # tokens read: slm_prefill, slm_decode, llm_prefill, llm_decode
 
@@ -131,7 +133,8 @@ def sample(logprobs, uniforms, temperature=1.0, top_p=1.0):
 
 
 def few_rows(logits, *others):
-    """Slices of logits (B, V) and of others (B, ...): on a CPU of so few rows that its cache holds what comes of it."""
+    """Slices of logits (B, V) and of others (B, ...): on a CPU of so few rows that the processor's own cache holds what
+    comes of them."""
     size = SLICE // logits.shape[-1] if logits.device.type == "cpu" else len(logits)
     return zip(*(x.split(max(1, size)) for x in (logits, *others)))
 
@@ -338,7 +341,7 @@ def relay(slm, llm, tokenizer, prompts, *, max_new_tokens, temperature=0.7, seed
     options = SimpleNamespace(temperature=temperature, llm_temperature=llm_temperature, top_p=top_p, fixed=fixed,
                               router=router, no_calls=no_calls, places=batch or len(rows), on_token=on_token,
                               on_end=on_end)
-    packed = prepack(slm) if rows else []
+    packed = prepack(slm) if rows else []                  # the same weights, in an order that is faster to read
     try:
         with progress_bar(total=sum(budget for _, _, budget, _ in rows), desc=label, unit="token", unit_scale=True,
                           delay=1, leave=False, disable=label is None) as bar:      # not for a step of the toy's
@@ -349,7 +352,8 @@ def relay(slm, llm, tokenizer, prompts, *, max_new_tokens, temperature=0.7, seed
 
 
 class Turns:
-    """The rows of one relay(), and the turns of its two models. options: relay()'s arguments of the same names."""
+    """The rows of one relay(), and the turns of its two models. `row` is a Row here, `r` its index (what Reader calls
+    row). options: relay()'s arguments of the same names."""
 
     def __init__(self, slm, llm, tokenizer, rows, bar, options):
         self.tokenizer, self.bar, self.options = tokenizer, bar, options
@@ -368,8 +372,8 @@ class Turns:
         return self.done
 
     def slm_turn(self):
-        """The SLM writes until every row waits for the LLM; or, where more rows are to come, until most wait: those
-        hold places that others could take."""
+        """The SLM writes until every row waits for the LLM; or, where more rows are to come, until most wait: rows that
+        wait hold places that others could take."""
         o, turn = self.options, dict(self.rows)
         while turn:
             drawn = self.draw(self.slm, turn, o.temperature, o.top_p, self.banned)
@@ -378,7 +382,7 @@ class Turns:
                     row.call(row.left, row.left)                      # until the LLM is sure: see llm_turn()
                     continue
                 self.append(r, row, token, False, logprob)
-                n = row.find_command(self.tokenizer.token_bytes[token])
+                n = row.find_command(self.tokenizer.token_bytes[token])      # always: it keeps row.tail, for no_calls
                 if n is not None and self.llm and not o.router and not row.out.end:
                     row.call(n, n if o.fixed is None else o.fixed)
             came = self.renew()
@@ -415,13 +419,14 @@ class Turns:
             ids = sample(logprobs, [row.uniforms.item(len(row.out.tokens)) for row in rows], temperature, top_p)
             chosen = logprobs.gather(-1, ids[:, None].to(logprobs.device))[:, 0].tolist()
             need(not any(map(math.isnan, chosen)),         # where one is, all of its row are: nothing could be sampled
-                 "a model's logits are not finite at this --temperature and --dtype (float16 overflows)")
+                 "a model's logits are not finite at this --temperature and --dtype (float16 overflows: try another)")
             nats = entropy(logprobs).tolist() if self.options.router else [0.0] * len(part)
             drawn += zip(part, rows, ids.tolist(), chosen, nats)
         return drawn
 
     def append(self, r, row, token, by_llm, logprob=0.0):
-        """Add a token to a row; who wrote it has it already, the other model has to read it."""
+        """Add a token to a row. The SLM has still to read it, whoever wrote it; the LLM reads its own at its next step,
+        and the SLM's at its next turn, without the commands: see llm_turn()."""
         row.append(token, by_llm, logprob, self.tokenizer.end_ids)
         if by_llm:
             self.llm.feed(r, [token], own=True)
@@ -528,7 +533,7 @@ def at_least_zero(kind, most=10**15):
 
 
 def parser(description, example, top_p=False):
-    """The flags that every script has. top_p: also that one; what is learned from must be samples of the whole model."""
+    """The flags that all scripts have. top_p: that one too; what is learned from must be samples of the whole model."""
     p = Parser(usage=f"{example}\n\n{description}")
     g = p.add_argument_group("what")
     g.add_argument("--run", type=Path, default=Path("runs/toy"), help="where everything of a run lies (runs/toy)")

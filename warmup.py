@@ -99,8 +99,9 @@ HEAD = 2**26      # logits in memory at once: 256 MiB in float32
 
 
 class ChosenLogprobs(torch.autograd.Function):
-    """From logits (n, V) the log-probabilities of targets (n,), and with entropies=True the entropies, both (n,).
+    """log_softmax(logits) at the targets, in less memory and time (how, may wait).
 
+    From logits (n, V) the log-probabilities of targets (n,), and with entropies=True the entropies, both (n,).
     d log p(target) / d logit j = ([j = target] - p(j)) / temperature. Left to autograd several more tensors of the
     logits' size would be kept, and read from memory again and again; here a few rows at a time are computed in the
     CPU's cache, and the gradient is written over the logits, which nobody else may need.
@@ -156,7 +157,7 @@ def adamw(model, lr):
 
 
 def working_copy(master, optimizer, dtype):
-    """A copy in "bfloat16" that samples and learns in the master's place, faster and smaller; for "float32" the master.
+    """For "float32" the master; for "bfloat16" a copy that samples and learns in its place. (It may wait.)
 
     A weight of 16 bits cannot take a step of a thousandth of itself, nor a sum of 16 bits many small parts. So the
     copy's gradients are added up in the master's, in float32; the optimizer moves the master; and after each of its
@@ -208,7 +209,7 @@ def supervised_step(model, optimizer, examples, known, lr, most):
     rank, size = world()
     total, loss, mine = sum(sum(e.learn) for e in examples), 0.0, examples[rank::size]
     for batch in micro_batches(mine, most):
-        give_back(model)
+        give_back(model)                       # freed memory, to Linux: no part of the method
         part = -token_logprobs(model, [mine[i] for i in batch], known)[0].sum() / total
         part.backward()
         loss += part.item()
@@ -348,7 +349,8 @@ def start_processes(args):
     n, there = args.gpus, torch.cuda.device_count()
     if n == 1 or "RANK" in os.environ:
         return
-    need(args.device != "auto" or there == 0 or there >= n, f"--gpus {n}: this machine has {there}", WrongArguments)
+    need(args.device != "auto" or there == 0 or there >= n, f"--gpus {n}: this machine has {there}; give no more, or "
+         "--device cpu", WrongArguments)
     need(args.device in ("auto", "cpu"), f"--gpus {n} takes CUDA's GPUs in order; leave out --device {args.device}",
          WrongArguments)
     with socket.create_server(("127.0.0.1", 0)) as probe:
