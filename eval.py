@@ -37,6 +37,7 @@ import shlex
 import time
 from collections import Counter, defaultdict
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 
@@ -64,14 +65,17 @@ class Answers:
     """answers.jsonl: a line an answer, under a key of all that decides it. An interrupted evaluation goes on there."""
 
     def __init__(self, path):
-        self.path, self.records = path, {}
+        self.path, self.known = path, {}           # key -> (roll-out, the seconds that it took)
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         for line in text.splitlines():
             # half a line, of one that was killed, or no line of ours
             with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 record = json.loads(line)
-                if {"tokens", "calls", "end", "cost", "seconds"} <= record.keys():
-                    self.records[record["key"]] = record
+                by_llm, calls = [False] * len(record["tokens"]), [Call(*call) for call in record["calls"]]
+                for call in calls:
+                    by_llm[call.position:call.position + call.delivered] = [True] * call.delivered
+                rollout = Rollout([], record["tokens"], by_llm, [], calls, record["end"], record["cost"])
+                self.known[record["key"]] = rollout, float(record["seconds"])
         if text and not text.endswith("\n"):
             write_beside(path, lambda file: file.write(text.encode() + b"\n"))
 
@@ -81,26 +85,21 @@ class Answers:
         settings = dict(options, models=fingerprints, dtypes=[str(m.embed.weight.dtype) for m in (writer, helper) if m])
         prompts = [tokenizer.chat(question.text) for question in questions]
         keys = [digest([settings, (args.seed, n), prompt]) for n, prompt in enumerate(prompts)]
-        missing = [n for n, key in enumerate(keys) if key not in self.records]
+        missing = [n for n, key in enumerate(keys) if key not in self.known]
         last = time.perf_counter()
         with open(self.path, "a", encoding="utf-8") as file:
 
             def keep(i, r):
                 nonlocal last
                 n, before, last = missing[i], last, time.perf_counter()
-                self.records[keys[n]] = dict(key=keys[n], method=method, index=n, tokens=r.tokens, calls=r.calls,
-                                             end=r.end, cost=r.cost, seconds=last - before)
-                print(json.dumps(self.records[keys[n]]), file=file, flush=True)
+                self.known[keys[n]] = r, last - before
+                print(json.dumps(dict(key=keys[n], method=method, index=n, tokens=r.tokens, calls=r.calls, end=r.end,
+                                      cost=r.cost, seconds=last - before)), file=file, flush=True)
 
             relay(writer, helper, tokenizer, [prompts[n] for n in missing], on_end=keep, batch=args.batch,
                   seed=[(args.seed, n) for n in missing], label=method, **options)
-        rollouts, records = [], [self.records[key] for key in keys]
-        for record, prompt in zip(records, prompts):
-            by_llm, calls = [False] * len(record["tokens"]), [Call(*call) for call in record["calls"]]
-            for call in calls:
-                by_llm[call.position:call.position + call.delivered] = [True] * call.delivered
-            rollouts.append(Rollout(prompt, record["tokens"], by_llm, [], calls, record["end"], record["cost"]))
-        return rollouts, sum(record["seconds"] for record in records)
+        rollouts = [replace(self.known[key][0], prompt=prompt, logprobs=[]) for key, prompt in zip(keys, prompts)]
+        return rollouts, sum(self.known[key][1] for key in keys)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

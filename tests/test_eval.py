@@ -144,6 +144,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(writer):
     writer.file.write_text("".join(lines[:2]) + lines[2][:20])
     rollouts, ran = writer()
     assert ran == 4 and [r.tokens for r in rollouts] == whole
+    writer.file.write_text(writer.file.read_text() + json.dumps(dict(json.loads(lines[0]), calls=[7])) + "\n")
     size = writer.file.stat().st_size
     assert writer()[1] == 0 and writer.file.stat().st_size == size      # a broken line once made each load add more
 
