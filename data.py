@@ -422,8 +422,11 @@ def load_questions(path, limit=None):
     need(Path(path).suffix != ".parquet",
          f"{path}: parquet is not read; write it out as .jsonl first (pandas: to_json, lines=True)")
     questions = []
-    with naming(f"{path}: cannot be read"):  # what is no UTF-8 becomes surrogates, for read_question to refuse
+    with naming(f"{path}: cannot be read"):
         text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
+    if strange := re.search("[\udc80-\udcff]", text):
+        number = text.count("\n", 0, strange.start()) + 1
+        raise ValueError(f"{path}: line {number}: 'utf-8' codec cannot read it; save the file as UTF-8")
     listed = text.lstrip().startswith("[")
     try:
         rows = json.loads(text) if listed else text.split("\n")
