@@ -144,7 +144,7 @@ class Tokenizer:
         spec = read_json(self._file)
         settings = read_json(path / "tokenizer_config.json", {})
         with naming(self._file):
-            normalizer = (spec.get("normalizer") or {"type": None})["type"]
+            normalizer = (spec.get("normalizer") or {}).get("type")
             need(normalizer in (None, "NFC"), f"normalizer {normalizer!r} is not supported (only NFC is)")
             self._splits = self._read_splits(spec.get("pre_tokenizer"))
             self._read_vocabulary(spec.get("model") or {"type": None}, spec.get("added_tokens") or [])
@@ -154,7 +154,7 @@ class Tokenizer:
 
     def _read_splits(self, spec):
         """The pre-tokenizer as a list of patterns, applied in turn: each cuts out its matches and what lies between."""
-        parts = (spec or {}).get("pretokenizers", [spec])
+        parts = spec.get("pretokenizers", [spec]) if isinstance(spec, dict) else [spec]
         splits = []
         for part in parts:
             match part:
@@ -431,7 +431,8 @@ def load_questions(path, limit=None):
     try:
         rows = json.loads(text) if listed else text.split("\n")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: line {getattr(error, 'lineno', 1)}: {error}") from None
+        where = f"line {error.lineno}" if isinstance(error, json.JSONDecodeError) else "cannot be read"
+        raise ValueError(f"{path}: {where}: {error}") from None
     for number, row in enumerate(rows, 1):
         with naming(f"{path}: {'entry' if listed else 'line'} {number}"):
             if len(questions) != limit and (listed or row.strip()):
@@ -577,8 +578,9 @@ SYMBOLS = str.maketrans({"π": "\\pi ", "√": "\\sqrt ", "∞": "\\infty ", "�
 TIDY = [(regex.compile(pattern), new) for pattern, new in (
     (r"\s+", " "), (r"^ ?\\boxed ?\{(.*)\} ?$", r"\1"),  # first: some of what follows would take cubic time in spaces
     (r",\\!\s*|\{,\}|\\(?:left|right)(?![a-z])\.?|\\(?:[bB]igg?[lr]?|displaystyle|[lL]arge|q?quad|limits)(?![a-zA-Z])"
-     r"|\\(?:boldsymbol|mathbf|mathsf|bm|underline)\s*(?=\{)|\\(?:bf|rm|it)(?![a-z])", ""),
-    (r"\\[,!;:]|\\?\$|\b(?:np|math)\.", ""), (r"\\[lr]vert(?![a-z])", "|"), (r"(?<!\\)\\ ", " "),
+     r"|\\[,!;:]|\\?\$|\b(?:np|math)\.|\\(?:boldsymbol|mathbf|mathsf|bm|underline)\s*(?=\{)|\\(?:bf|rm|it)(?![a-z])",
+     ""),
+    (r"\\[lr]vert(?![a-z])", "|"), (r"(?<!\\)\\ ", " "),
     # words: a name's index, a list's comma, a function or a letter, but not a number's unit
     (r"\\(?:textrm|textbf|textit|emph|mbox|mathrm|operatorname)\s*(?=\{)", r"\\text"),
     (rf"_\s*(?:\{{\s*{TEXT}\s*\}}|{TEXT})", r"_{\1\2}"),
@@ -632,15 +634,20 @@ def items(text):
     return "", parts
 
 
-def as_interval(text):
+def as_interval(kind, sides):
     """x > 3 as the interval from 3 to infinity, 2 < x <= 3 as (2,3]; anything else as it is."""
-    rising = "".join(reversed(re.split("([<>]=?)", text))).replace(">", "<") if "<" not in text else text
-    found = re.fullmatch(r"(?=.*<)(?:([^<>=,]+)(<=?))?? ?[a-zA-Z] ?(?:(<=?)([^<>=,]+))?", rising)
-    if not found:
-        return text
-    low, left, right, high = found.groups()
-    interval = (low or "-\\infty") + "," + (high or "\\infty")
-    return ("[" if left == "<=" else "(") + interval + ("]" if right == "<=" else ")")
+    signs = re.findall("[<>]=?", kind)
+    if kind != "".join(signs) or len(sides) != len(signs) + 1 or len({sign[0] for sign in signs}) != 1:
+        return kind, sides
+    if signs[0][0] == ">":
+        signs, sides = signs[::-1], sides[::-1]
+    if len(sides) == 2 and re.fullmatch("[a-zA-Z]", sides[0]):
+        signs, sides = ["<", *signs], ["-\\infty", *sides]
+    elif len(sides) == 2:
+        signs, sides = [*signs, "<"], [*sides, "\\infty"]
+    if len(sides) != 3 or not re.fullmatch("[a-zA-Z]", sides[1]):
+        return kind, sides
+    return ("[" if "=" in signs[0] else "(") + ("]" if "=" in signs[1] else ")"), sides[::2]
 
 
 def same(given, gold, depth=0):
@@ -655,7 +662,7 @@ def same(given, gold, depth=0):
         return True
     (kind, a), (gold_kind, b) = items(given), items(gold)
     if kind != gold_kind:
-        (kind, a), (gold_kind, b) = items(as_interval(given)), items(as_interval(gold))
+        (kind, a), (gold_kind, b) = as_interval(kind, a), as_interval(gold_kind, b)
     if kind != gold_kind and "=" in (kind, gold_kind):  # x = 5 is 5, but where x + y = 5 is asked for, 5 is not
         if kind == "=":
             return same(a[-1], gold, depth + 1)

@@ -82,7 +82,7 @@ class Answers:
     def write(self, method, writer, helper, fingerprints, tokenizer, questions, args, **options):
         """Returns (roll-outs, the seconds of all of them). writer, helper: models."""
         options |= {key: getattr(args, key) for key in ("temperature", "top_p", "llm_temperature", "max_new_tokens")}
-        settings = dict(options, models=fingerprints, dtypes=[str(m.embed.weight.dtype) for m in (writer, helper) if m])
+        settings = dict(options, marks=fingerprints, dtypes=[str(m.embed.weight.dtype) for m in (writer, helper) if m])
         prompts = [tokenizer.chat(question.text) for question in questions]
         keys = [digest([settings, (args.seed, n), prompt]) for n, prompt in enumerate(prompts)]
         missing = [n for n, key in enumerate(keys) if key not in self.known]

@@ -28,6 +28,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -382,8 +383,8 @@ def prepack(model, free=False):
 
 
 def fits_half(weight):
-    """Whether half precision holds these float32 numbers to 2^-25 (3e-8), as it does those of bfloat16 down to 2^-17.
-    Weights that have learnt in float32 do not fit."""
+    """Whether half precision holds these float32 numbers to 2^-25 (3e-8): those of bfloat16 exactly down to 2^-17, and
+    smaller ones to that. Weights that have learnt in float32 do not fit."""
     return all((part.half().float() - part).abs().max() <= 2**-25 for part in weight.split(256))
 
 
@@ -605,8 +606,9 @@ def weight_files(path):
 
 
 def progress_bar(*args, disable=False, **options):
-    """tqdm's; of several processes only the first one shows it."""
-    return tqdm(*args, dynamic_ncols=True, disable=disable or os.environ.get("RANK", "0") != "0", **options)
+    """tqdm's; of several processes only the first one shows it. In a file it comes every ten seconds."""
+    return tqdm(*args, dynamic_ncols=True, disable=disable or os.environ.get("RANK", "0") != "0",
+                mininterval=0.1 if sys.stderr and sys.stderr.isatty() else 10, **options)
 
 
 def digest(value):

@@ -57,8 +57,8 @@ class Example:
 
 
 def micro_batches(examples, most):
-    """Indices of examples, packed by length into batches of at most `most` tokens, padding included (a longer example
-    stands alone). The roll-outs of one prompt follow each other, so that a batch that holds several reads it once."""
+    """Indices of examples, packed by length into batches of at most `most` tokens, padding and shared prompts included
+    (a longer one stands alone). The roll-outs of one prompt follow each other: a batch with several reads it once."""
     length = lambda i: len(examples[i].tokens)
     groups, batches = {}, []
     for i, e in enumerate(examples):

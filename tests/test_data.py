@@ -451,6 +451,10 @@ def test_a_published_file_is_read_and_its_own_answers_are_right(name, count, fir
 # --- grading ---
 
 RIGHT = """
+12 | 12\\,\\! | 12\\,\\!\\text{cm}
+1000 | 1\\,\\!000
+(2,\\infty) | \\{x>2\\} | x>2,
+(\\max(1,2),\\infty) | x > \\max(1,2)
 1/2 | 0.5 | \\frac12 | 1 \\over 2 | {1 \\over 2} | \\dfrac{1}{2} | \\tfrac 1 2 | .5 | 50\\% | \\frac{2}{4} | 1 / 2 | 2^{-1}
 1080 | 1,080 | 1 080 | 1{,}080 | 1,\\!080 | \\$1080 | 1080.0 | 1080 \\text{ dollars} | 1080 dollars | 1.08 \\times 10^3
 90 | 90^\\circ | 90^{\\circ} | 90° | 90 \\text{ degrees} | 90 degrees | 90^\\circ\\text{C} | 90 ^\\circ\\text{ F} | 90^\\circ C | 90 °C
