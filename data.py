@@ -144,17 +144,18 @@ class Tokenizer:
         spec = read_json(self._file)
         settings = read_json(path / "tokenizer_config.json", {})
         with naming(self._file):
-            normalizer = (spec.get("normalizer") or {}).get("type")
+            normalizer = spec.get("normalizer")
+            normalizer = normalizer.get("type") if isinstance(normalizer, dict) else normalizer
             need(normalizer in (None, "NFC"), f"normalizer {normalizer!r} is not supported (only NFC is)")
             self._splits = self._read_splits(spec.get("pre_tokenizer"))
-            self._read_vocabulary(spec.get("model") or {"type": None}, spec.get("added_tokens") or [])
+            self._read_vocabulary(spec.get("model"), spec.get("added_tokens") or [])
         # transformers gives Qwen its NFC even where a converted tokenizer.json has lost it
         self._nfc = normalizer == "NFC" or str(settings.get("tokenizer_class")).startswith("Qwen2Tokenizer")
         self._read_chat(path, settings)
 
     def _read_splits(self, spec):
         """The pre-tokenizer as a list of patterns, applied in turn: each cuts out its matches and what lies between."""
-        parts = spec.get("pretokenizers", [spec]) if isinstance(spec, dict) else [spec]
+        parts = spec["pretokenizers"] if isinstance(spec, dict) and spec.get("type") == "Sequence" else [spec]
         splits = []
         for part in parts:
             match part:
@@ -178,12 +179,14 @@ class Tokenizer:
 
     def _read_vocabulary(self, model, added):
         """Ids, bytes and merges, checked, and made into tiktoken's ranks."""
+        model = model if isinstance(model, dict) else {"type": None}
         vocab, merges, kind = model.get("vocab"), model.get("merges"), model.get("type", "BPE")
         need(kind == "BPE" and isinstance(vocab, dict) and isinstance(merges, list),
              f"model type {kind!r} is not BPE, or its vocab or merges are missing or of the wrong type")
         for key in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout"):
             need(not model.get(key), f"model.{key} is not supported")
-        need(all(token.get("content") for token in added), "an added token has no content")
+        need(isinstance(added, list) and all(isinstance(token, dict) and isinstance(token.get("content"), str)
+                                             and token["content"] for token in added), "an added token has no content")
         self._added = {token["content"]: token.get("id") for token in added}  # text -> id
         plain = {token: i for token, i in vocab.items() if token not in self._added}
         ids = plain | self._added
@@ -434,8 +437,10 @@ def load_questions(path, limit=None):
         where = f"line {error.lineno}" if isinstance(error, json.JSONDecodeError) else "cannot be read"
         raise ValueError(f"{path}: {where}: {error}") from None
     for number, row in enumerate(rows, 1):
+        if len(questions) == limit:
+            break
         with naming(f"{path}: {'entry' if listed else 'line'} {number}"):
-            if len(questions) != limit and (listed or row.strip()):
+            if listed or row.strip():
                 questions.append(read_question(row if listed else json.loads(row)))
     need(questions, f"{path}: no questions in it")
     return questions
@@ -450,11 +455,12 @@ def read_question(row):
     """One row of a benchmark file to a Question; ValueError says what the row lacks."""
     need(isinstance(row, dict), f"a {type(row).__name__} where an object belongs")
     row = {key.lower(): value for key, value in row.items()}  # AIME 2024 writes Problem and Answer
-    row = (row["reward_model"] if isinstance(row.get("reward_model"), dict) else {}) | row  # DAPO-Math-17k
+    if isinstance(row.get("reward_model"), dict):  # DAPO-Math-17k
+        row = row["reward_model"] | row
     problem = first(row, "problem", "question", "prompt")
     if isinstance(problem, list):  # chat messages
         said = [m.get("content") for m in problem if isinstance(m, dict) and m.get("role") == "user"]
-        problem = [None, *said][-1]
+        problem = said[-1] if said else None
     need(isinstance(problem, str), "no text under problem, question or prompt")
     head, _, rest = problem.partition("\n\n")
     if head.startswith("Solve the following math problem step by step.") and rest:  # DAPO-Math-17k, around its problem

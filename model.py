@@ -270,7 +270,8 @@ class Cache:
         out = [slot for slot in range(n) if self.rows[slot] not in wanted]     # stand in front, have to leave
         back = [slot for slot in range(n, len(self.rows)) if self.rows[slot] in wanted]
         for kv in self.layers:
-            kv[:, first:len(self.rows)] = 0     # what an earlier row left here may have overflowed
+            if new:
+                kv[:, first:len(self.rows)] = 0     # what an earlier row left here may have overflowed
             if out:
                 kv[:, out + back] = kv[:, back + out]
         for one, other in zip(out, back):
@@ -434,9 +435,10 @@ def two_products_pay(q, config):
 class RecordedStep:
     """A decoding step, one token a row, recorded on a CUDA GPU and then replayed (a CUDA graph).
 
-    A step launches some 25 operations a layer, which for a small model or few rows takes several times as long as they
-    do; a graph is launched as one. It holds for the cache's tensors as they are, so they grow in larger blocks there.
-    Slots behind the batch compute too: what they store stands behind their row's length, until its next token comes.
+    A step launches some 25 operations a layer; for a small model or few rows that takes several times as long as to
+    compute them, and a graph is launched as one. It holds for the cache's tensors as they are, so they grow in larger
+    blocks there. Slots behind the batch compute too: what they store stands behind their row's length, until its next
+    token comes.
     """
     records = False     # while the step is recorded this is the cache of hidden_states(): nothing to replay yet
 
@@ -568,8 +570,8 @@ def read_safetensors(path):
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             kind, shape = entry["dtype"], entry["shape"]
             need(kind in DTYPES, f"tensor {name!r} has dtype {kind!r} (supported: {', '.join(DTYPES)})")
-            need(isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**48 for n in shape),
-                 f"tensor {name!r} has no sane shape")
+            need(isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
+                 and math.prod(n or 1 for n in shape) < 2**48, f"tensor {name!r} has no sane shape")
             begin, end = end, end + math.prod(shape) * DTYPES[kind].itemsize    # it begins where the one before it ends
             need(entry["data_offsets"] == [begin, end] and {*map(type, entry["data_offsets"])} == {int}
                  and start + end <= len(data),

@@ -358,6 +358,7 @@ class Turns:
     def __init__(self, slm, llm, tokenizer, rows, bar, options):
         self.tokenizer, self.bar, self.options = tokenizer, bar, options
         self.slm, self.llm = Reader(slm), None if llm is None else Reader(llm)    # without an LLM nobody ever waits
+        self.readers = [self.slm, self.llm] if self.llm else [self.slm]
         self.known = torch.tensor(tokenizer.known, device=slm.embed.weight.device)
         self.banned = completing(tokenizer, self.known.device) if options.no_calls else None
         self.coming = deque(rows)          # (index, prompt, budget, seed) of those that have no place yet
@@ -440,7 +441,6 @@ class Turns:
 
         They come when an eighth of the places is free: to read the prompt of one takes as long as of several.
         """
-        readers = [self.slm, self.llm] if self.llm else [self.slm]
         if ended := [r for r, row in self.rows.items() if row.out.end]:
             for r in ended:
                 row = self.rows.pop(r)
@@ -450,13 +450,13 @@ class Turns:
                 self.bar.total -= row.left                 # what it leaves of its budget is not waited for
                 if self.options.on_end:
                     self.options.on_end(r, row.out)
-            for reader in readers:
+            for reader in self.readers:
                 reader.drop(ended)
         free, came = self.options.places - len(self.rows), {}
         while self.coming and len(came) < free and free >= self.options.places / 8:
             r, prompt, budget, seed = self.coming.popleft()
             came[r] = self.rows[r] = Row(prompt, budget, seed)
-            for reader in readers:
+            for reader in self.readers:
                 reader.begin(r, prompt)
         return came
 

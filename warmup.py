@@ -99,7 +99,7 @@ HEAD = 2**26      # logits in memory at once: 256 MiB in float32
 
 
 class ChosenLogprobs(torch.autograd.Function):
-    """log_softmax(logits) at the targets, in less memory and time (how, may wait).
+    """log_softmax(logits) at the targets, in less memory and time (how it does that may wait).
 
     From logits (n, V) the log-probabilities of targets (n,), and with entropies=True the entropies, both (n,).
     d log p(target) / d logit j = ([j = target] - p(j)) / temperature. Left to autograd several more tensors of the
